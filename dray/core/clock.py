@@ -1,0 +1,58 @@
+"""Time, ids and randomness. They are passed in, so that a test or a simulator owns them."""
+
+from __future__ import annotations
+
+import os
+import random
+import threading
+import time
+from typing import Protocol
+
+
+class Clock(Protocol):
+    """Where the time comes from. Thread-safe."""
+
+    def time(self) -> float:
+        """Seconds since the epoch (UTC)."""
+        ...
+
+    def monotonic(self) -> float:
+        """Seconds that never go back; comparable between processes of one machine."""
+        ...
+
+    def wait(self, event: threading.Event, timeout_s: float) -> bool:
+        """Wait until ``event`` is set or ``timeout_s`` seconds have passed; True if it is set."""
+        ...
+
+
+class SystemClock:
+    """The machine's clock."""
+
+    time = staticmethod(time.time)
+    monotonic = staticmethod(time.monotonic)
+
+    @staticmethod
+    def wait(event: threading.Event, timeout_s: float) -> bool:
+        return event.wait(timeout_s)
+
+
+class Ids(Protocol):
+    """Where task ids come from. Thread-safe."""
+
+    def new(self) -> str:
+        """A fresh id: at most 255 printable ASCII characters, unique for ever."""
+        ...
+
+
+class TimeOrderedIds:
+    """32 hex digits: 48 bits of milliseconds, 80 random bits (the layout of UUIDv7, RFC 9562, without its version bits).
+
+    They sort by time, so that a store's index on them grows at one end, and they cannot be guessed.
+    """
+
+    def new(self) -> str:
+        return f"{int(time.time() * 1000):012x}{os.urandom(10).hex()}"
+
+
+Random = random.Random
+"""Randomness for jitter: an instance is passed in; a test passes a seeded one."""
