@@ -1,0 +1,68 @@
+"""dray: background tasks for Python programs. These are the public names; see ``dray.testing`` for the test kits."""
+
+from dray.core.app import Dray
+from dray.core.errors import (
+    ConfigError,
+    DrayError,
+    EncodeError,
+    InvalidArguments,
+    NoResults,
+    NotSupported,
+    PublishUncertain,
+    ResultTimeout,
+    SendError,
+    SoftTimeLimitExceeded,
+    TaskError,
+    TaskExpired,
+    TaskFailed,
+    TaskRevoked,
+    TimeLimitExceeded,
+    TooLarge,
+    Unavailable,
+    Uncertain,
+    UnknownTask,
+    WorkerLost,
+)
+from dray.core.hooks import hookimpl
+from dray.core.message import State
+from dray.core.request import Request, current
+from dray.core.result import AsyncResult, GroupResult
+from dray.core.retry import Retry
+from dray.core.task import CallOptions, Signature, Task, TaskOptions
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AsyncResult",
+    "CallOptions",
+    "ConfigError",
+    "Dray",
+    "DrayError",
+    "EncodeError",
+    "GroupResult",
+    "InvalidArguments",
+    "NoResults",
+    "NotSupported",
+    "PublishUncertain",
+    "Request",
+    "ResultTimeout",
+    "Retry",
+    "SendError",
+    "Signature",
+    "SoftTimeLimitExceeded",
+    "State",
+    "Task",
+    "TaskError",
+    "TaskExpired",
+    "TaskFailed",
+    "TaskOptions",
+    "TaskRevoked",
+    "TimeLimitExceeded",
+    "TooLarge",
+    "Unavailable",
+    "Uncertain",
+    "UnknownTask",
+    "WorkerLost",
+    "current",
+    "hookimpl",
+]

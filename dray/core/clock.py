@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import random
 import threading
-import time
+import time as _time
 from typing import Protocol
 
 
@@ -28,8 +28,8 @@ class Clock(Protocol):
 class SystemClock:
     """The machine's clock."""
 
-    time = staticmethod(time.time)
-    monotonic = staticmethod(time.monotonic)
+    time = staticmethod(_time.time)
+    monotonic = staticmethod(_time.monotonic)
 
     @staticmethod
     def wait(event: threading.Event, timeout_s: float) -> bool:
@@ -51,7 +51,7 @@ class TimeOrderedIds:
     """
 
     def new(self) -> str:
-        return f"{int(time.time() * 1000):012x}{os.urandom(10).hex()}"
+        return f"{int(_time.time() * 1000):012x}{os.urandom(10).hex()}"
 
 
 Random = random.Random

@@ -1,0 +1,119 @@
+"""A worker put together from the configuration, after checking that the plugins can do what the tasks ask."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from dray.core import plugins
+from dray.core.contracts import Pool, Transport
+from dray.core.errors import ConfigError
+from dray.core.executor import Settings, TaskExecutor
+from dray.core.fallback import Fallback
+from dray.core.settler import Settler
+from dray.core.worker import Worker, WorkerParts
+
+if TYPE_CHECKING:
+    from dray.core.app import Dray
+    from dray.core.config import Config, WorkerConfig
+    from dray.core.task import Task
+
+
+def assemble_worker(app: Dray, settings: WorkerConfig, on_ready: Callable[[], None]) -> Worker:
+    """See ``Dray.worker``."""
+    config, codec, hooks = app.config, app.codec, app.hooks
+
+    def make(kind: str, choice: plugins.PluginChoice) -> Any:
+        return plugins.make(kind, choice, lambda name: app.plugin_context(kind, name))
+
+    transport, backend, pool = (
+        make("transports", config.transport),
+        make("backends", config.backend),
+        make("pools", settings.pool),
+    )
+    _check(config, list(app.registry), transport, pool)
+    fallback = Fallback(transport.features, codec, app.clock, transport.context.name)
+    limits = config.tasks
+    executor_settings = Settings(
+        keeps_results=backend.features.keeps,
+        result_max_bytes=backend.features.max_body_bytes,
+        result_expires_s=config.result_expires,
+        unknown_task_wait_s=config.unknown_task_wait if transport.features.max_delay_s > 0 else 0.0,
+        can_kill=pool.features.kill,
+        soft_time_limit=limits.soft_time_limit,
+        time_limit=limits.time_limit,
+        track_started=limits.track_started,
+        ignore_result=limits.ignore_result,
+    )
+    executor = TaskExecutor(app.registry, codec, executor_settings, hooks, app.clock, app.random, app.faults)
+    settler = Settler(
+        transport,
+        backend,
+        fallback,
+        app.clock,
+        app.random,
+        app.faults,
+        store_timeout_s=config.result_store_timeout,
+        remember_ended_s=codec.signer.max_age_s if codec.signer is not None else None,
+    )
+    return Worker(
+        WorkerParts(
+            name=settings.name,
+            queues=settings.queues,
+            transport=transport,
+            backend=backend,
+            pool=pool,
+            executor=executor,
+            settler=settler,
+            fallback=fallback,
+            hooks=hooks,
+            clock=app.clock,
+            random=app.random,
+            faults=app.faults,
+            shutdown_timeout_s=config.shutdown_timeout,
+            max_deliveries={name: queue.max_deliveries for name, queue in config.queues.items()},
+            require_durability=config.require_durability,
+            on_ready=on_ready,
+        )
+    )
+
+
+def _check(config: Config, tasks: list[Task[..., Any]], transport: Transport, pool: Pool) -> None:
+    """Refuses, before the first message, what could not be kept later; names the task, the setting and the way out."""
+    for task, option, what in _demands(config, tasks):
+        if what == "kill" and not pool.features.kill:
+            able = _able("pools", "kill")
+            raise ConfigError(
+                f"{task} has {option}, which the pool {pool.context.name!r} cannot enforce: it cannot end a running task; "
+                f"pools that can: {able}; or use soft_time_limit"
+            )
+        if what == "interrupt" and not pool.features.interrupt:
+            raise ConfigError(
+                f"{task} has {option}, which the pool {pool.context.name!r} cannot raise; pools that can: "
+                f"{_able('pools', 'interrupt')}"
+            )
+        if what == "delay" and transport.features.max_delay_s <= 0:
+            raise ConfigError(
+                f"{task} has {option}, and the transport {transport.context.name!r} cannot delay messages; transports that "
+                f"can: {_able('transports', 'max_delay_s')}"
+            )
+
+
+def _demands(config: Config, tasks: list[Task[..., Any]]) -> Iterator[tuple[str, str, str]]:
+    if config.tasks.time_limit is not None:
+        yield "the configuration", "tasks.time_limit", "kill"
+    if config.tasks.soft_time_limit is not None:
+        yield "the configuration", "tasks.soft_time_limit", "interrupt"
+    for task in tasks:
+        options = task.task_options
+        if options.time_limit is not None:
+            yield f"task {task.name!r}", "time_limit", "kill"
+        if options.soft_time_limit is not None:
+            yield f"task {task.name!r}", "soft_time_limit", "interrupt"
+        if options.retry is not None:
+            yield f"task {task.name!r}", "retry", "delay"
+
+
+def _able(kind: str, feature: str) -> str:
+    found = [info.name for info in plugins.available(kind) if getattr(info.features, feature, None)]
+    return ", ".join(found) or "none that is installed"

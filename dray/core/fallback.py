@@ -1,0 +1,80 @@
+"""The only emulation: what a transport cannot do itself, done with what every transport can.
+
+Chosen from features, never from names. Delays longer than the transport's longest are sent with the longest and
+re-armed by the worker; dead letters become messages of the queue ``<queue>.dead``; a release becomes a fresh copy;
+priorities are clamped.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from dray.core.clock import Clock
+from dray.core.codec import Codec, float_header
+from dray.core.contracts import TransportFeatures
+from dray.core.errors import NotSupported
+from dray.core.message import Action, Delivery, Outgoing, Settlement
+
+log = logging.getLogger(__name__)
+DEAD_SUFFIX = ".dead"
+
+
+class Fallback:
+    """Adapts messages and settlements to one transport's features. Any thread."""
+
+    def __init__(self, features: TransportFeatures, codec: Codec, clock: Clock, transport: str) -> None:
+        self._features = features
+        self._codec = codec
+        self._clock = clock
+        self._transport = transport
+        self._clamped = False
+        self.native = (
+            features.dead_letter
+            and features.release
+            and features.max_delay_s == float("inf")
+            and features.priorities == 10
+        )
+        """True: nothing is emulated, and nothing below need be called."""
+
+    def outgoing(self, message: Outgoing) -> Outgoing:
+        """The message as this transport can keep it. Raises ``NotSupported`` for a delay it cannot keep at all."""
+        if self.native:
+            return message
+        features = self._features
+        if message.not_before is not None:
+            longest = self._clock.time() + features.max_delay_s
+            if message.not_before > longest:
+                if features.max_delay_s <= 0:
+                    raise NotSupported(
+                        f"the transport {self._transport!r} cannot delay messages: no countdown, eta or retry with a delay"
+                    )
+                message = message._replace(not_before=longest)
+        if message.priority >= features.priorities:
+            if not self._clamped:
+                self._clamped = True
+                log.warning("%s has %d priority levels: higher ones are clamped", self._transport, features.priorities)
+            message = message._replace(priority=features.priorities - 1)
+        return message
+
+    def settlement(self, settlement: Settlement) -> Settlement:
+        """The settlement in actions that this transport has."""
+        if self.native:
+            return settlement
+        delivery, action, then, reason = settlement
+        if action is Action.DEAD and not self._features.dead_letter:
+            headers = {**delivery.headers, "x-dead-reason": (reason or "")[:500], "x-dead-queue": delivery.queue}
+            queue = delivery.queue + DEAD_SUFFIX
+            sealed = self._codec.seal(headers, queue, delivery.id, delivery.body)
+            then, action = (*then, Outgoing(queue, delivery.id, delivery.body, sealed)), Action.ACK
+        elif action is Action.RELEASE and not self._features.release:
+            then, action = (*then, self._codec.resend(delivery, {})), Action.ACK
+        return Settlement(delivery, action, tuple(map(self.outgoing, then)), reason)
+
+    def early(self, delivery: Delivery) -> Settlement | None:
+        """For a message that a shorter delay brought here before its time: the settlement that sends it on."""
+        if self._features.max_delay_s == float("inf"):
+            return None
+        eta = float_header(delivery.headers, "eta")
+        if eta is None or eta <= self._clock.time():
+            return None
+        return Settlement(delivery, Action.ACK, (self.outgoing(self._codec.resend(delivery, {}, eta)),))

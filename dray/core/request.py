@@ -1,0 +1,47 @@
+"""What a running task can know of itself: ``dray.current()``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+from dray.core.errors import DrayError
+
+
+@dataclass(slots=True)
+class Request:
+    """The running task's call. One per run; used by that task only."""
+
+    id: str
+    task: str
+    queue: str
+    attempt: int
+    """0 at the first run, then the number of retries so far."""
+    delivery_count: int
+    """How often the message was handed to a worker; over ``attempt + 1`` after a worker was lost."""
+    deadline: float | None
+    """When the hard time limit ends this run (seconds since the epoch), None without one."""
+    headers: Mapping[str, str]
+    """The headers that the caller gave."""
+    _report: Callable[[Mapping[str, Any]], None]
+
+    def progress(self, done: float, total: float | None = None, **note: Any) -> None:
+        """Tell callers how far this is: they see it as ``result.info`` while it runs.
+
+        ``note`` is plain data. Reports that follow each other within 0.1 s are dropped, the last (``done == total``)
+        never is. Costs nothing when no results are kept.
+        """
+        self._report({"done": done, "total": total, **note})
+
+
+current_request: ContextVar[Request | None] = ContextVar("dray_request", default=None)
+
+
+def current() -> Request:
+    """The call of the task that runs here. Raises ``DrayError`` outside a task."""
+    request = current_request.get()
+    if request is None:
+        raise DrayError("dray.current() is for code that a worker runs; no task runs here")
+    return request

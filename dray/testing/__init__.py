@@ -1,0 +1,36 @@
+"""What a plugin author, or a user who tests tasks, needs: conformance kits and a clock that tests own.
+
+Importing this module needs nothing beyond dray; the kits need ``pip install "dray[testing]"`` once they are used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dray.testing.backends import ResultBackendConformance
+    from dray.testing.clock import FakeClock
+    from dray.testing.harness import plugin_context
+    from dray.testing.transports import TransportConformance
+
+__all__ = ["FakeClock", "ResultBackendConformance", "TransportConformance", "plugin_context"]
+
+_HOMES = {
+    "FakeClock": "dray.testing.clock",
+    "plugin_context": "dray.testing.harness",
+    "ResultBackendConformance": "dray.testing.backends",
+    "TransportConformance": "dray.testing.transports",
+}
+_KIT = ("harness", "backends", "transports", "transport_delivery", "transport_abilities")
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name.endswith("Conformance"):
+        import pytest
+
+        # Failing assertions of the kit then show their values, as those of a test module do.
+        pytest.register_assert_rewrite(*(f"{__name__}.{module}" for module in _KIT))
+    return getattr(importlib.import_module(_HOMES[name]), name)
