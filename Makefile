@@ -34,7 +34,7 @@ lint: install
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	PATH="$(abspath $(BIN)):$$PATH" lint-imports --no-logo
+	$(BIN)/lint-imports --no-logo
 
 docs: install
 	$(BIN)/python scripts/generate_docs.py --check

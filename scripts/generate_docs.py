@@ -35,6 +35,8 @@ A *duration* is `30`, `"30s"`, `"500ms"`, `"5m"`, `"1h30m"` or `"7d"`; a *size* 
 A *plugin* is a name (`sqlite`), a URL whose scheme is the name, or a mapping with `use:` and the plugin's own options.
 Any other key, or a value of another type, is an error that names the file, the line and the nearest right key.
 """
+# Only our own plugins: what else is installed must not change the page.
+ENTRIES = metadata.distribution("dray").entry_points
 MARKS = {"seconds": "duration", "size": "size", "secret": "text (secret)"}
 DURATIONS = ((86400, "d"), (3600, "h"), (60, "m"), (1, "s"), (0.001, "ms"))
 SIZES = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "B"))
@@ -59,10 +61,8 @@ def page() -> Iterator[str]:
         if cls is not Config:
             yield f"### {spaced(cls.__name__)}\n"
         yield from section(cls)
-    # Only our own: what else is installed must not change the page.
-    entries = metadata.distribution("dray").entry_points
     for kind in KINDS:
-        ours = sorted((entry.name, entry) for entry in entries if entry.group == f"dray.{kind}")
+        ours = sorted((entry.name, entry) for entry in ENTRIES if entry.group == f"dray.{kind}")
         if ours:
             yield f"## {kind.capitalize()}\n"
         for name, entry in ours:
@@ -75,7 +75,7 @@ def page() -> Iterator[str]:
 
 def section(cls: type) -> Iterator[str]:
     """A table of the options of one dataclass."""
-    if not cls.__name__.endswith("Options"):
+    if cls is not Config and not summary(cls).startswith(f"{cls.__name__}("):  # the text that dataclass makes up
         yield f"{summary(cls)}\n"
     said = docstrings(cls)
     kinds = typing.get_type_hints(cls, include_extras=True)
@@ -135,9 +135,7 @@ def kind_text(kind: Any) -> str:
     """A type in the words of the page's head."""
     origin, arguments = get_origin(kind), get_args(kind)
     if origin is Annotated:
-        return next(
-            (MARKS[mark] for mark in arguments[1:] if isinstance(mark, str) and mark in MARKS), kind_text(arguments[0])
-        )
+        return marked_text(*arguments)
     if origin in (typing.Union, types.UnionType):
         return " or ".join(kind_text(part) for part in arguments if part is not types.NoneType)
     if origin is Literal:
@@ -148,8 +146,6 @@ def kind_text(kind: Any) -> str:
         return f"list of {kind_text(arguments[0])}"
     if isinstance(kind, type) and issubclass(kind, enum.Enum):
         return ", ".join(f"`{name}`" for name in kind.__members__)
-    if kind is PluginChoice:
-        return "plugin"
     if dataclasses.is_dataclass(kind):
         name = spaced(typing.cast(type, kind).__name__)
         return f"[{name.lower()}](#{name.lower().replace(' ', '-')})"
@@ -159,7 +155,7 @@ def kind_text(kind: Any) -> str:
 def marked_text(base: Any, *marks: Any) -> str:
     for mark in marks:
         if mark in KINDS:
-            return f"[plugin](#{mark})"
+            return f"[plugin](#{mark})" if any(entry.group == f"dray.{mark}" for entry in ENTRIES) else "plugin"
         if mark in MARKS:
             return MARKS[mark]
         if isinstance(mark, Min):

@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeVar, overload
 
 from dray.core.clock import Clock, Ids, Random, SystemClock, TimeOrderedIds
-from dray.core.contracts import PluginContext, ResultBackend, Serializer, Signer, Transport
-from dray.core.errors import ConfigError
+from dray.core.errors import ConfigError, NotSupported
 from dray.core.failure import SafeErrors
 from dray.core.faults import Faults
 from dray.core.hooks import Hooks
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
     from dray.core.client import Client
     from dray.core.codec import Codec
     from dray.core.config import Config, WorkerConfig
+    from dray.core.contracts import PluginContext, ResultBackend, Serializer, Signer, Transport
     from dray.core.worker import Worker
 
 P = ParamSpec("P")
@@ -82,6 +82,7 @@ class Dray:
     def _reset(self) -> None:
         self._lock = threading.RLock()
         self._connections: Connections | None = None
+        self._opened: Connections | None = None
 
     def forked(self) -> None:
         """In a new child: the parent's connections are left alone, not even closed; our own are made at the next use."""
@@ -142,7 +143,7 @@ class Dray:
         self, task: Task[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], options: CallOptions
     ) -> AsyncResult[Any]:
         """What ``Task.delay`` and its siblings call."""
-        connections = self._connections or self.connect()
+        connections = self._opened or self.connect()
         return connections.client.send(task, args, kwargs, options)
 
     async def asend(
@@ -180,15 +181,28 @@ class Dray:
 
     # --- connections ---------------------------------------------------------------------------------------
 
-    def connect(self) -> Connections:
-        """This process's connections, opened at the first call. Raises ``ConfigError``, ``Unavailable``."""
+    def connections(self) -> Connections:
+        """This process's connections, built but not necessarily open: a worker opens them after it has forked."""
         with self._lock:
             if self._connections is None:
                 transport, backend = self._plugin("transport"), self._plugin("backend")
-                transport.open()
-                backend.open()
+                if self._abandoned and not transport.features.shared:
+                    raise NotSupported(
+                        f"the transport {transport.context.name!r} lives in the parent process, a child cannot send through "
+                        "it; use another transport, or a pool without processes (threads, solo)"
+                    )
                 self._connections = self._client(transport, backend)
             return self._connections
+
+    def connect(self) -> Connections:
+        """This process's connections, open. Raises ``ConfigError``, ``Unavailable``."""
+        with self._lock:
+            connections = self.connections()
+            if self._opened is None:
+                connections.transport.open()
+                connections.backend.open()
+                self._opened = connections
+            return connections
 
     @property
     def transport(self) -> Transport:
@@ -203,7 +217,7 @@ class Dray:
     def close(self) -> None:
         """Close this process's connections; the next use opens new ones. Idempotent."""
         with self._lock:
-            connections, self._connections = self._connections, None
+            connections, self._connections, self._opened = self._connections, None, None
         if connections is not None:
             connections.transport.close()
             connections.backend.close()
@@ -217,7 +231,9 @@ class Dray:
     # --- composition ---------------------------------------------------------------------------------------
 
     def worker(self, settings: WorkerConfig | None = None, on_ready: Callable[[], None] = lambda: None) -> Worker:
-        """A worker for one entry of ``workers`` (default: the first). Nothing is connected until it runs.
+        """A worker for one entry of ``workers`` (default: the first), over this app's connections.
+
+        Nothing is connected until it runs; :meth:`close` closes them when it has ended.
 
         Raises ``ConfigError`` when the tasks ask for what the chosen plugins cannot do.
         """
@@ -227,6 +243,8 @@ class Dray:
 
     def plugin_context(self, kind: str, name: str) -> PluginContext:
         """What a plugin of this app is built with."""
+        from dray.core.contracts import PluginContext
+
         logger = logging.getLogger(f"dray.{kind}.{name}")
         return PluginContext(name, logger, self.clock, self.random, self.config.base, self.faults)
 
@@ -285,6 +303,7 @@ class Dray:
 
     def _build_codec(self) -> Codec:
         from dray.core.codec import Codec
+        from dray.core.contracts import Signer
         from dray.core.plugins import PluginChoice, make
 
         config = self.config

@@ -23,14 +23,8 @@ def assemble_worker(app: Dray, settings: WorkerConfig, on_ready: Callable[[], No
     """See ``Dray.worker``."""
     config, codec, hooks = app.config, app.codec, app.hooks
 
-    def make(kind: str, choice: plugins.PluginChoice) -> Any:
-        return plugins.make(kind, choice, lambda name: app.plugin_context(kind, name))
-
-    transport, backend, pool = (
-        make("transports", config.transport),
-        make("backends", config.backend),
-        make("pools", settings.pool),
-    )
+    transport, backend, *_ = app.connections()
+    pool = plugins.make("pools", settings.pool, lambda name: app.plugin_context("pools", name))
     _check(config, list(app.registry), transport, pool)
     fallback = Fallback(transport.features, codec, app.clock, transport.context.name)
     limits = config.tasks

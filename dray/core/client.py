@@ -9,7 +9,7 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from dray.core.clock import Clock, Ids
-from dray.core.codec import Codec, check_user_headers
+from dray.core.codec import Codec
 from dray.core.contracts import DeadLetters, ResultBackend, Tombstones, Transport
 from dray.core.errors import ConfigError, NotSupported, PublishUncertain, SendError, Uncertain
 from dray.core.fallback import Fallback
@@ -18,7 +18,7 @@ from dray.core.hooks import Hooks
 from dray.core.message import Outgoing, State, StoredResult
 from dray.core.result import AsyncResult, GroupResult, Results
 from dray.core.retry import Policy
-from dray.core.task import NO_OPTIONS, CallOptions, Signature, Task
+from dray.core.task import NO_OPTIONS, CallOptions, Signature, Task, check_user_headers
 
 SLICE = 2000
 """Messages per ``Transport.send`` of a long batch: bounds memory, and what an error leaves unknown."""

@@ -18,7 +18,7 @@ from typing import Any
 from dray.core import wire
 from dray.core.clock import Clock
 from dray.core.contracts import Compressor, Serializer, Signer
-from dray.core.errors import ContentRefused, DecodeError, EncodeError, SignatureError
+from dray.core.errors import ContentRefused, DecodeError, SignatureError
 from dray.core.message import Delivery, Outgoing, StoredResult
 
 VERSION = "1"
@@ -223,11 +223,3 @@ def int_header(headers: Mapping[str, str], name: str, default: int) -> int:
     if not (text.isascii() and text.isdigit() and len(text) <= 9):
         raise DecodeError(f"the header {name!r} is not a whole number of 0 or more: {text[:40]!r}")
     return int(text)
-
-
-def check_user_headers(headers: Mapping[str, str]) -> dict[str, str]:
-    """The user's headers as they travel. Raises ``EncodeError``."""
-    for key, value in headers.items():
-        if not (isinstance(key, str) and isinstance(value, str) and key.isascii() and key.isprintable()):
-            raise EncodeError(f"headers: {key!r}: {value!r}: text to text, keys printable ASCII")
-    return {f"x-{key}": value for key, value in headers.items()}

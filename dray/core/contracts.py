@@ -114,6 +114,8 @@ class TransportFeatures:
     """Largest body plus headers; more is refused before anything is sent."""
     push: bool = False
     """The broker pushes: ``buffer`` matters."""
+    shared: bool = True
+    """Other processes reach the same queues (False: memory)."""
 
 
 class Transport(Plugin, ABC):

@@ -11,28 +11,31 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeVar, overload
 
 from dray.core.errors import ConfigError
 
 if TYPE_CHECKING:
     import pluggy
 
-    hookspec = pluggy.HookspecMarker("dray")
-    hookimpl = pluggy.HookimplMarker("dray")
-
+F = TypeVar("F", bound=Callable[..., object])
 Hook = Callable[..., None]
+
+_PROJECT = "dray"
 
 _log = logging.getLogger(__name__)
 
 
-def __getattr__(name: str) -> Any:
-    """The markers ``hookimpl`` and ``hookspec``; made when asked for, so that importing this module loads no pluggy."""
-    if name not in ("hookimpl", "hookspec"):
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    import pluggy
+@overload
+def hookimpl(function: F) -> F: ...
+@overload
+def hookimpl(*, tryfirst: bool = ..., trylast: bool = ...) -> Callable[[F], F]: ...
+def hookimpl(function: F | None = None, *, tryfirst: bool = False, trylast: bool = False) -> F | Callable[[F], F]:
+    """Marks a method as the implementation of the hook of its name."""
+    import pluggy  # here, so that the marker costs those who mark nothing no import
 
-    return pluggy.HookimplMarker("dray") if name == "hookimpl" else pluggy.HookspecMarker("dray")
+    marker = pluggy.HookimplMarker(_PROJECT)
+    return marker(function, tryfirst=tryfirst, trylast=trylast)
 
 
 class Specification:
@@ -123,10 +126,10 @@ def _manager(listeners: Iterable[object]) -> pluggy.PluginManager:
     """pluggy's manager with the specification and the listeners, all of them checked."""
     import pluggy
 
-    mark = pluggy.HookspecMarker("dray")
+    mark = pluggy.HookspecMarker(_PROJECT)
     for name in NAMES:
         mark(getattr(Specification, name))
-    manager = pluggy.PluginManager("dray")
+    manager = pluggy.PluginManager(_PROJECT)
     manager.add_hookspecs(Specification)
     try:
         for listener in listeners:

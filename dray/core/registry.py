@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import sys
 from collections.abc import Iterator, Sequence
@@ -44,6 +43,8 @@ class Registry:
 
     def hint(self, name: str) -> str:
         """The nearest known name, as the end of a sentence."""
+        import difflib
+
         near = difflib.get_close_matches(name, self._tasks, 1)
         if near:
             return f"; did you mean {near[0]!r}?"

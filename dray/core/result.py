@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
 
-from dray.core.clock import Clock
-from dray.core.codec import Codec
-from dray.core.contracts import ResultBackend
 from dray.core.errors import NoResults, ResultTimeout, TaskRevoked
 from dray.core.message import TERMINAL, State, StoredResult
 from dray.core.failure import SafeErrors
+
+if TYPE_CHECKING:
+    from dray.core.clock import Clock
+    from dray.core.codec import Codec
+    from dray.core.contracts import ResultBackend
 
 R = TypeVar("R")
 SLICE = 1000
@@ -70,6 +71,8 @@ class Results:
 
     async def await_(self, ids: Sequence[str], timeout_s: float | None) -> dict[str, Snapshot]:
         """All terminal snapshots. Polls from a worker thread, 2 ms up to 100 ms apart, so that no thread is held."""
+        import asyncio  # a third of the time that importing dray would take
+
         self.require(ids)
         left, found = dict.fromkeys(ids), dict[str, Snapshot]()
         deadline = None if timeout_s is None else self._clock.monotonic() + timeout_s

@@ -7,7 +7,7 @@ import enum
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_origin
+from typing import Annotated, Any, cast, get_args, get_origin
 
 from dray.core import plugins
 from dray.core.config import CompressionConfig, Config, PluginChoice, WorkerConfig, settings
@@ -56,7 +56,7 @@ class _Rows:
             if value.use is not None:
                 yield from self._of_choice(value.use, "compressors", f"{path}.use", value.use.where.path)
         elif dataclasses.is_dataclass(value):
-            yield from self.of_fields(value, hints(type(value)), path)
+            yield from self.of_fields(value, hints(cast(Any, type(value))), path)
         elif isinstance(value, Mapping) and value:
             for key, item in value.items():
                 yield from self._of(item, get_args(kind)[1], f"{path}.{key}")

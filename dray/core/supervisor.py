@@ -134,6 +134,7 @@ class Supervisor:
             if not self._signals:
                 self._start(child)
             return
+        assert child.process is not None, "only a process that was started can end"  # noqa: S101
         code, child.process = child.process.returncode, None
         if self._signals or code == EXIT_WARM:
             self._code = max(self._code, code if code >= 0 else EXIT_FAILED)

@@ -10,8 +10,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, ParamSpec, Protocol, TypeVar, cast
 
-from dray.core.codec import check_user_headers
-from dray.core.errors import ConfigError, InvalidArguments, InvalidName
+from dray.core.errors import ConfigError, EncodeError, InvalidArguments, InvalidName
 from dray.core.retry import Policy, Retry
 
 if TYPE_CHECKING:
@@ -248,6 +247,14 @@ def check_id(task_id: object) -> None:
     """Raises ``InvalidName`` unless ``task_id`` is 1 to 255 printable ASCII characters."""
     if not (isinstance(task_id, str) and 0 < len(task_id) <= 255 and task_id.isascii() and task_id.isprintable()):
         raise InvalidName(f"task_id {repr(task_id)[:80]}: 1 to 255 printable ASCII characters")
+
+
+def check_user_headers(headers: Mapping[str, str]) -> dict[str, str]:
+    """The user's headers as they travel. Raises ``EncodeError``."""
+    for key, value in headers.items():
+        if not (isinstance(key, str) and isinstance(value, str) and key.isascii() and key.isprintable()):
+            raise EncodeError(f"headers: {key!r}: {value!r}: text to text, keys printable ASCII")
+    return {f"x-{key}": value for key, value in headers.items()}
 
 
 def task_name(fn: Callable[..., Any]) -> str:

@@ -339,8 +339,6 @@ class Worker:
             self._idle.wait(parts.shutdown_timeout_s)
         parts.settler.give_back(parts.pool.stop(0))
         self._flush(settler)
-        parts.transport.close()
-        parts.backend.close()
         if parts.hooks.worker_stopped is not None:
             parts.hooks.worker_stopped(worker=parts.name)
 

@@ -70,7 +70,6 @@ class HmacKeys:
         return f"{key_id}:{to_base64url(digest)}"
 
 
-
 def check_key_id(option: str, key_id: object) -> None:
     """Raise ``ConfigError`` unless ``key_id`` can stand in a header."""
     if not isinstance(key_id, str) or not _KEY_ID.fullmatch(key_id):

@@ -163,7 +163,7 @@ class ChildLoop:
         os.register_at_fork(after_in_child=self._slot.detach)
         self._executor.forked()
         _reseed_numpy()
-        self._outlet.send(READY)
+        self._outlet.send(READY, os.getpid().to_bytes(8, "little"))
         try:
             return self._serve()
         except (BrokenPipeError, ConnectionResetError):  # the parent let go of us

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import mmap
+import os
 import signal
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -15,7 +16,7 @@ from dray.plugins._prefork_frames import BYE, DRY, OUTCOMES, READY, REPORT, Item
 from dray.plugins._prefork_link import Link
 from dray.plugins._prefork_memory import SlotMemory
 from dray.plugins._prefork_pace import BATCH_S, Pace
-from dray.plugins._prefork_server import DIED, NOT_SPAWNED, SPAWNED, ForkServer, Message
+from dray.plugins._prefork_server import DIED, NOT_SPAWNED, ForkServer, Message
 
 BATCH_ITEMS = 100
 BATCH_BYTES = 1 << 20
@@ -51,6 +52,9 @@ class Crew:
         self.outcomes: list[Outcome] = []
         self.reports: list[StoredResult] = []
         self.closing = False
+        """Nothing is handed over any more, no child is replaced."""
+        self.ending = False
+        """The children are being killed."""
         self._server = server
         self._executor = executor
         self._monotonic = monotonic
@@ -115,21 +119,20 @@ class Crew:
         return False
 
     def _cancel_given(self, link: Link, seq: int, delivery: Delivery, kill: bool) -> bool:
-        if link.memory.current()[0] != seq:
-            items = link.take_back()
-            self._put_back(item for item in items if item[0] != seq)
-            if any(item[0] == seq for item in items):
-                return True
+        items = link.take_back()
+        self._put_back(item for item in items if item[0] != seq)
+        if any(item[0] == seq for item in items):
+            return True
         return kill and self._kill(link, seq, TaskRevoked(f"task {delivery.id} was revoked while it ran"))
 
     def _kill(self, link: Link, seq: int, error: Exception) -> bool:
-        """End the child because of this item; False: the item is finished.
+        """End the child because of this item; False: it is not at this item (any more).
 
         Once the tokens are taken back the child cannot begin another: if it is at this item still, it dies at it or
         after it, and no other is hit.
         """
         self._put_back(link.take_back())
-        if link.memory.current()[0] != seq:
+        if seq not in link.outstanding or link.memory.current()[0] != seq:
             return False
         link.ready = False
         link.condemned = (seq, error)
@@ -146,12 +149,16 @@ class Crew:
             elif kind == REPORT:
                 self.reports.append(unpack_report(payload))
             elif kind == READY:
+                link.pid = int.from_bytes(payload, "little")
                 link.ready = True
             elif kind == DRY:
                 link.ran_dry(int.from_bytes(payload, "little"))
             elif kind == BYE:
                 link.ready = False
                 link.worked = True
+        if link.deaf:
+            link.ready = False
+            self._put_back(link.take_back())
 
     def _finish(self, link: Link, data: bytes) -> None:
         outstanding, note, outcomes = link.outstanding, self._pace.note, self.outcomes
@@ -211,9 +218,7 @@ class Crew:
     def hear(self, message: Message, now: float) -> None:
         """What the fork server said."""
         link = self.links[message.slot]
-        if message.what == SPAWNED:
-            link.pid = message.pid
-        elif message.what == NOT_SPAWNED:
+        if message.what == NOT_SPAWNED:
             self._logger.error("cannot fork a child (errno %d); trying again", message.status)
             self._vacate(link, now, worked=False, busy=False)
         elif message.what == DIED:
@@ -221,25 +226,30 @@ class Crew:
 
     def _bury(self, link: Link, message: Message, now: float) -> None:
         """A child died: keep what it finished, charge the item that ran, move the others."""
+        self._salvage(link)
+        how = describe_exit(message.status)
+        busy = bool(link.outstanding)
+        if message.status and link.condemned is None and not self.ending:
+            lost = ", ".join(delivery.id for delivery in link.outstanding.values())
+            self._logger.warning("child %d died: %s; task lost: %s", message.pid, how, lost or "none")
+        for seq, delivery in list(link.outstanding.items()):  # one at most
+            if link.condemned is not None and link.condemned[0] == seq:
+                error = link.condemned[1]
+            elif self.ending:  # we killed it: stop() returns the item
+                continue
+            else:
+                task = link.memory.task() or delivery.headers.get("task", "")
+                error = WorkerLost(f"the process that ran {task} (task {delivery.id}) died: {how}, pid {message.pid}")
+            del link.outstanding[seq]
+            self.outcomes.append(self._executor.lost(delivery, error))
+        self._vacate(link, now, worked=link.worked or link.condemned is not None, busy=busy)
+
+    def _salvage(self, link: Link) -> None:
+        """Take from a dead child all that it finished and all that it did not begin."""
         self.take(link, link.rest())
         if data := link.kept_outcomes():
             self._finish(link, data)
         self._put_back(link.take_back())
-        how = describe_exit(message.status)
-        lost = list(link.outstanding.items())
-        for seq, delivery in lost:
-            if link.condemned is not None and link.condemned[0] == seq:
-                error = link.condemned[1]
-            else:
-                task = link.memory.task() or delivery.headers.get("task", "")
-                error = WorkerLost(f"the process that ran {task} (task {delivery.id}) died: {how}, pid {message.pid}")
-            self.outcomes.append(self._executor.lost(delivery, error))
-        if message.status and link.condemned is None and not self.closing:
-            self._logger.warning(
-                "child %d died: %s; task lost: %s", message.pid, how, ", ".join(d.id for _, d in lost) or "none"
-            )
-        link.outstanding.clear()
-        self._vacate(link, now, worked=link.worked or link.condemned is not None, busy=bool(lost))
 
     def _vacate(self, link: Link, now: float, worked: bool, busy: bool) -> None:
         """Empty the slot and say when it is filled again."""
@@ -259,11 +269,34 @@ class Crew:
             seq, began, _ = link.memory.current()
             delivery = link.outstanding.get(seq)
             if delivery is not None:
-                found.append(RunningTask(delivery.id, link.memory.task(), began, link.pid))
+                task = link.memory.task() or delivery.headers.get("task", "")
+                found.append(RunningTask(delivery.id, task, began, link.pid))
         return found
 
     def is_busy(self) -> bool:
         return any(link.outstanding for link in self.links)
+
+    # --- the end
+
+    def close(self) -> None:
+        """Let what runs run, begin nothing more."""
+        self.closing = True
+        for link in self.links:
+            self._put_back(link.take_back())
+
+    def end(self) -> None:
+        """Kill what still runs."""
+        self.closing = self.ending = True
+        self._server.end()
+
+    def abandon(self) -> None:
+        """The fork server died, and its children with it: keep what they finished; the rest is left to ``unfinished``."""
+        self.close()
+        self.ending = True
+        for link in self.links:
+            if link.sock is not None:
+                self._salvage(link)
+                link.close()
 
     def unfinished(self) -> list[Delivery]:
         """Take all that is left, in the order it came."""
@@ -272,20 +305,17 @@ class Crew:
         for link in self.links:
             items += link.outstanding.items()
             link.outstanding.clear()
+            link.close()
         items.sort(key=lambda item: item[0])
         return [delivery for _, delivery in items]
 
 
 def describe_exit(status: int) -> str:
     """A wait status for people: ``signal 11 (SIGSEGV)`` or ``exit code 3``."""
-    if not _signaled(status):
-        return f"exit code {(status >> 8) & 0xFF}"
-    number = status & 0x7F
+    code = os.waitstatus_to_exitcode(status)
+    if code >= 0:
+        return f"exit code {code}"
     try:
-        return f"signal {number} ({signal.Signals(number).name})"
+        return f"signal {-code} ({signal.Signals(-code).name})"
     except ValueError:
-        return f"signal {number}"
-
-
-def _signaled(status: int) -> bool:
-    return status & 0x7F != 0
+        return f"signal {-code}"

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import selectors
 import socket
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from dray.core.message import Delivery
 from dray.plugins._prefork_frames import TOKENS, FrameReader, Item, frame, pack_items, tune
@@ -40,6 +41,8 @@ class Link:
         """Its last batch was of known, short work: another may wait behind it."""
         self.worked = False
         """It has finished something."""
+        self.deaf = False
+        """It closed its end, although it may not be dead yet."""
         self.condemned: tuple[int, Exception] | None = None
         """The item for which it is being killed, and the error that says why."""
         self.failures = 0
@@ -78,7 +81,7 @@ class Link:
             os.close(self._token_write)
         self.sock = self._reader = None
         self.pid = 0
-        self.ready = self.short = self.worked = False
+        self.ready = self.short = self.worked = self.deaf = False
         self.condemned = None
         self._generation = self._sent = 0
         self._outbox.clear()
@@ -132,8 +135,11 @@ class Link:
 
     # --- the wire
 
-    def wants_to_write(self) -> bool:
-        return bool(self._outbox)
+    def interest(self) -> int:
+        """What to wait for at its socket."""
+        if self.sock is None or self.deaf:
+            return 0
+        return selectors.EVENT_READ | selectors.EVENT_WRITE if self._outbox else selectors.EVENT_READ
 
     def write(self) -> None:
         """Send what the socket did not take before."""
@@ -156,37 +162,25 @@ class Link:
             self.write()
 
     def read(self) -> list[tuple[int, bytes]]:
-        """The frames that are there; never blocks. Raises ``EOFError`` when the child closed its end."""
+        """The frames that are there; never blocks. Sets ``deaf`` when the child closed its end."""
         if self._reader is None:
             return []
         try:
-            open_ = self._reader.fill()
+            self.deaf = not self._reader.fill()
         except BlockingIOError:
-            return []
+            pass
         except OSError:
-            open_ = False
-        if not open_:
-            raise EOFError
+            self.deaf = True
         return list(self._reader.frames())
 
-    def rest(self) -> Iterator[tuple[int, bytes]]:
+    def rest(self) -> list[tuple[int, bytes]]:
         """Everything that a dead child had still sent."""
-        with contextlib.suppress(EOFError):
-            while frames := self._more():
-                yield from frames
-
-    def _more(self) -> list[tuple[int, bytes]]:
-        """Frames, reading on while one is incomplete; empty: nothing more."""
         assert self._reader is not None
-        while True:
-            try:
-                open_ = self._reader.fill()
-            except OSError:
-                open_ = False
-            if not open_:
-                return []
-            if frames := list(self._reader.frames()):
-                return frames
+        frames = list(self._reader.frames())
+        with contextlib.suppress(OSError):
+            while self._reader.fill():
+                frames += self._reader.frames()
+        return frames
 
     def kept_outcomes(self) -> bytes:
         """Outcomes in shared memory that were not looked at yet."""

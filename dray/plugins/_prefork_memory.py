@@ -15,6 +15,7 @@ SLOT_BYTES = LOG_OFFSET + LOG_BYTES
 
 _LOG = Struct("<QQ")  # turn (counts how often the log was emptied), bytes used
 _NOW = Struct("<Qdd")  # current item's sequence number (0: none), begun at, hard deadline (0: none)
+_CLAIM = Struct("<QddB")  # the same, and an empty task name
 _FINISHED = Struct("<QQ")  # bytes used, current item: adjacent, so that one call writes both, in this order
 _TURN_AT, _USED_AT, _NOW_AT, _DEADLINE_AT, _TASK_AT = 0, 8, 16, 32, 40
 _DEADLINE = Struct("<d")
@@ -44,7 +45,7 @@ class SlotMemory:
 
     def claim(self, seq: int, now: float) -> None:
         """About to take the token of this item. Written first, so that there is no moment at which it runs unseen."""
-        _NOW.pack_into(self._memory, self._base + _NOW_AT, seq, now, 0.0)
+        _CLAIM.pack_into(self._memory, self._base + _NOW_AT, seq, now, 0.0, 0)
 
     def unclaim(self) -> None:
         _NOW.pack_into(self._memory, self._base + _NOW_AT, 0, 0.0, 0.0)
@@ -96,9 +97,9 @@ class SlotMemory:
         return seq, began, deadline
 
     def task(self) -> str:
-        """The name of the current item's task."""
+        """The name of the current item's task; empty before its function begins."""
         at = self._base + _TASK_AT
-        return self._memory[at : at + TASK_BYTES].rstrip(b"\0").decode("utf-8", "replace")
+        return self._memory[at : at + TASK_BYTES].partition(b"\0")[0].decode("utf-8", "replace")
 
     def log_mark(self) -> tuple[int, int]:
         """Changes whenever the log does."""

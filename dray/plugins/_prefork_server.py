@@ -20,7 +20,7 @@ from struct import Struct
 from typing import NamedTuple, NoReturn
 
 SPAWN, KILL, END = range(1, 4)
-SPAWNED, NOT_SPAWNED, DIED = range(1, 4)
+NOT_SPAWNED, DIED = range(1, 3)
 _MESSAGE = Struct("<IIii")  # what, slot, pid, status (a wait status; NOT_SPAWNED: an errno)
 _PR_SET_PDEATHSIG, _PR_SET_NAME = 1, 15
 _COORDINATED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -68,7 +68,7 @@ class ForkServer:
         return self._control.fileno()
 
     def spawn(self, slot: int, data: socket.socket, tokens: int) -> None:
-        """Fork a child for this slot with these ends, which are the caller's to close. The answer comes as a message."""
+        """Fork a child for this slot with these ends, which are the caller's to close."""
         fds = array.array("i", [data.fileno(), tokens])
         with contextlib.suppress(OSError):  # it is dead: the end of its messages tells
             self._control.sendmsg(
@@ -160,7 +160,6 @@ class _Server:
             if pid == 0:
                 self._become_child(server, slot, data_fd, token_fd)
             self._pids[pid] = slot
-            self._tell(SPAWNED, slot, pid, 0)
         os.close(data_fd)
         os.close(token_fd)
 

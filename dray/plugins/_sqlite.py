@@ -26,6 +26,7 @@ _SENDER_LOG_BYTES = 64 * 2**20
 _APPLICATION_ID = 0x64726179  # "dray": tells our files from other programs'
 _SCHEMA_VERSION = 1
 
+# Messages are handed out by rank (9 - priority) and born: when they were sent, or came due if that was later.
 # Ready messages have due = 0; others (delayed, or leased: epoch set) the time at which they are to become ready.
 # Partial indexes keep the two apart, so that a claim looks at exactly the rows it takes, however many others there are.
 # There is no index on message.id: only bury() would use it, and it would slow every send by a third.
@@ -33,7 +34,7 @@ _SCHEMA = """
 CREATE TABLE message (
     seq INTEGER PRIMARY KEY, queue TEXT NOT NULL, id TEXT NOT NULL, rank INTEGER NOT NULL, due REAL NOT NULL,
     epoch INTEGER, count INTEGER NOT NULL, born REAL NOT NULL, headers BLOB NOT NULL, body BLOB NOT NULL);
-CREATE INDEX message_ready ON message (queue, rank) WHERE due = 0;
+CREATE INDEX message_ready ON message (queue, rank, born) WHERE due = 0;
 CREATE INDEX message_due ON message (queue, due) WHERE due > 0;
 CREATE TABLE dead (
     seq INTEGER PRIMARY KEY, queue TEXT NOT NULL, id TEXT NOT NULL, rank INTEGER NOT NULL, count INTEGER NOT NULL,
@@ -106,6 +107,7 @@ class Database:
         self._log_patience_bytes = 0
         self._idle: list[_Connection] = []
         self._busy = 0
+        self._closed = False
         self._gate = threading.Condition(threading.Lock())
         self._turn = threading.Lock()
         self._writing_back = threading.Lock()
@@ -143,11 +145,13 @@ class Database:
 
     def open(self) -> None:
         """Make the file if need be, and check that it can be written."""
+        self._closed = False
         self.write(lambda connection: connection.execute("UPDATE queue SET name = name WHERE 0"))
 
     def close(self) -> None:
-        """Close all idle connections; later calls open new ones."""
+        """Close all connections; what others are just using is closed when they are through."""
         with self._gate:
+            self._closed = True
             idle, self._idle = self._idle, []
         for connection in idle:
             connection.close()
@@ -173,6 +177,8 @@ class Database:
     @contextlib.contextmanager
     def _connection(self) -> Iterator[sqlite3.Connection]:
         with self._gate:
+            if self._closed:
+                raise Unavailable(f"{self.path}: closed already")
             self._busy += 1
             connection = self._idle.pop() if self._idle else None
         try:
@@ -193,7 +199,10 @@ class Database:
                 self._busy -= 1
                 if connection is not None:
                     _roll_back(connection)  # left open only by an interrupt between two statements
-                    self._idle.append(connection)
+                    if self._closed:
+                        connection.close()
+                    else:
+                        self._idle.append(connection)
                 if not self._busy:
                     self._gate.notify_all()
 

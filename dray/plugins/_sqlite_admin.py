@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sqlite3
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 from dray.core.errors import DecodeError, TransportError
 from dray.core.message import DeadLetter, Outgoing, QueueStats
@@ -21,11 +22,11 @@ WITH RECURSIVE name (name) AS (
     SELECT min(queue) FROM message WHERE due {0} 0
     UNION ALL SELECT (SELECT min(queue) FROM message WHERE due {0} 0 AND queue > name) FROM name WHERE name IS NOT NULL)
 SELECT name FROM name WHERE name IS NOT NULL"""
-_ALL_NAMES = f"SELECT * FROM ({_NAMES.format('=')}) UNION SELECT * FROM ({_NAMES.format('>')}) " + (
-    "UNION SELECT queue FROM dead UNION SELECT name FROM queue ORDER BY 1"
-)
+_ALL_NAMES = f"""
+SELECT * FROM ({_NAMES.format("=")}) UNION SELECT * FROM ({_NAMES.format(">")})
+UNION SELECT queue FROM dead UNION SELECT name FROM queue ORDER BY 1"""  # noqa: S608
 _OLDEST = """
-SELECT min((SELECT born FROM message WHERE queue = ? AND due = 0 AND rank = level.column1 ORDER BY seq LIMIT 1))
+SELECT min((SELECT born FROM message WHERE queue = ? AND due = 0 AND rank = level.column1 ORDER BY born LIMIT 1))
 FROM (VALUES (0), (1), (2), (3), (4), (5), (6), (7), (8), (9)) AS level"""
 _DEAD = "SELECT id, queue, body, headers, reason, died, count FROM dead"
 
@@ -69,12 +70,12 @@ def stats(db: sqlite3.Connection, queue: str, now: float) -> QueueStats:
 def peek(db: sqlite3.Connection, queue: str, now: float, limit: int) -> list[Outgoing]:
     columns = "SELECT id, body, headers, rank, due FROM message WHERE"
     ready = db.execute(
-        f"{columns} queue = ? AND due = 0 ORDER BY rank, seq LIMIT ?",  # noqa: S608
+        f"{columns} queue = ? AND due = 0 ORDER BY rank, born, seq LIMIT ?",
         (queue, limit),
     ).fetchall()
     if len(ready) < limit:
         ready += db.execute(
-            f"{columns} queue = ? AND due > 0 AND (due <= ? OR epoch IS NULL) ORDER BY due, rank, seq LIMIT ?",  # noqa: S608
+            f"{columns} queue = ? AND due > 0 AND (due <= ? OR epoch IS NULL) ORDER BY due, rank, seq LIMIT ?",
             (queue, now, limit - len(ready)),
         ).fetchall()
     return [
@@ -87,16 +88,16 @@ def purge(database: Database, queue: str, now: float) -> int:
     """In steps, and only what is there now: a purge beside busy senders ends."""
     last = database.read(lambda db: db.execute("SELECT max(seq) FROM message").fetchone()[0]) or 0
     total = 0
-    for waiting, extra in (("due = 0", ()), ("due > 0 AND (due <= ? OR epoch IS NULL)", (now,))):
-        statement = (
-            "DELETE FROM message WHERE seq IN "  # noqa: S608
-            f"(SELECT seq FROM message WHERE queue = ? AND {waiting} AND seq <= ? LIMIT {_AT_ONCE})"
-        )
-        count = _AT_ONCE
-        while count == _AT_ONCE:
-            count = database.write(lambda db, s=statement, e=extra: db.execute(s, (queue, *e, last)).rowcount)
+    for waiting, values in (("due = 0", ()), ("due > 0 AND (due <= ? OR epoch IS NULL)", (now,))):
+        some = f"SELECT seq FROM message WHERE queue = ? AND {waiting} AND seq <= ? LIMIT {_AT_ONCE}"  # noqa: S608
+        step = partial(_delete, f"DELETE FROM message WHERE seq IN ({some})", (queue, *values, last))  # noqa: S608
+        while (count := database.write(step)) > 0:
             total += count
     return total
+
+
+def _delete(statement: str, values: tuple[object, ...], db: sqlite3.Connection) -> int:
+    return db.execute(statement, values).rowcount
 
 
 def headers_of(block: bytes) -> dict[str, str]:

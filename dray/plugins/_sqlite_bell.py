@@ -44,7 +44,7 @@ class Bell:
         _close_in_child(self)
 
     def wait(self, timeout_s: float) -> bytes:
-        """Wait until rung, at most ``timeout_s`` seconds; what was heard: ``WAKE`` is in it if :meth:`wake` was called."""
+        """Wait until rung, at most ``timeout_s`` seconds; what was heard, with ``WAKE`` in it after :meth:`wake`."""
         if not self._poll.poll(min(max(timeout_s, 0), 3600) * 1000):
             return b""
         return os.read(self._fd, 65536)

@@ -167,7 +167,7 @@ class SqliteBackend(ResultBackend):
     # --- forgetting ----------------------------------------------------------------------------------------
 
     def _sweep(self, db: sqlite3.Connection, now: float, stored: int) -> None:
-        """At most once a second delete what expired: more rows than came in, so that it keeps up, yet not all at once."""
+        """Once a second at most, delete what expired: more rows than came in, to keep up, yet not all at once."""
         self._stored_since += stored
         if now - self._swept_at < _SWEEP_EVERY_S:
             return

@@ -22,7 +22,7 @@ if sys.version_info >= (3, 14):
 else:
     import zstandard
 
-    _EMPTY_FRAME_BYTES_MAX = 32
+    _SLICE_BYTES = 64  # at most 16 blocks, and a block holds at most 128 KiB
 
     def _compress(data: bytes, level: int) -> bytes:
         return zstandard.ZstdCompressor(level=level, write_checksum=True).compress(data)
@@ -30,25 +30,36 @@ else:
     def _decompress(data: bytes, max_bytes: int) -> bytes:
         try:
             announced = zstandard.get_frame_parameters(data).content_size
-            if announced == 0:
-                return _decompress_empty(data)
-            if announced not in (zstandard.CONTENTSIZE_UNKNOWN, zstandard.CONTENTSIZE_ERROR) and announced > max_bytes:
+            if announced in (0, zstandard.CONTENTSIZE_UNKNOWN):  # the one-shot call would not look at what follows
+                return read_bounded(_Streaming(data), b"", max_bytes, "zstd", zstandard.ZstdError)
+            if announced > max_bytes:
                 raise too_large("zstd", max_bytes)
-            # Room for what is announced, else for max_bytes and one; a frame that holds more than its room is an error.
-            value = zstandard.ZstdDecompressor().decompress(data, max_output_size=max_bytes + 1, allow_extra_data=False)
+            return zstandard.ZstdDecompressor().decompress(data, allow_extra_data=False)
         except zstandard.ZstdError as error:
-            raise DecodeError(f"not valid zstd data, or more than {max_bytes} bytes of it: {error}") from error
-        if len(value) > max_bytes:
-            raise too_large("zstd", max_bytes)
-        return value
+            raise DecodeError(f"not valid zstd data: {error}") from error
 
-    def _decompress_empty(data: bytes) -> bytes:
-        """The library's one-shot call believes a header that says "empty", whatever follows; the stream checks it."""
-        stream = zstandard.ZstdDecompressor().decompressobj()
-        value = stream.decompress(data[:_EMPTY_FRAME_BYTES_MAX])
-        if value or not stream.eof or stream.unused_data or len(data) > _EMPTY_FRAME_BYTES_MAX:
-            raise DecodeError("not valid zstd data: it is announced as empty and is not, or is cut short")
-        return value
+    class _Streaming:
+        """The library's decompressor as a ``Stream``. It knows no bound, so it is fed little by little."""
+
+        def __init__(self, data: bytes) -> None:
+            self._rest = memoryview(data)
+            self._frame = zstandard.ZstdDecompressor().decompressobj()
+
+        def decompress(self, data: bytes, max_length: int) -> bytes:
+            del data, max_length  # all input was given at the start; a slice bounds the output
+            piece = b""
+            while self._rest and not piece and not self.eof:
+                source, self._rest = self._rest[:_SLICE_BYTES], self._rest[_SLICE_BYTES:]
+                piece = self._frame.decompress(source)
+            return piece
+
+        @property
+        def eof(self) -> bool:
+            return self._frame.eof
+
+        @property
+        def unused_data(self) -> bytes:
+            return self._frame.unused_data or bytes(self._rest[:1])
 
 
 class ZstdCompressor(LevelledCompressor):

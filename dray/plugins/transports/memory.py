@@ -45,6 +45,7 @@ class MemoryTransport(Transport):
         dead_letter=True,
         release=True,
         max_body_bytes=2**24,
+        shared=False,
     )
 
     def __init__(self, options: MemoryOptions, context: PluginContext, store: MemoryStore | None = None) -> None:

@@ -17,18 +17,8 @@ from dray.core.errors import ConfigError, TooLarge
 from dray.core.message import Action, DeadLetter, Delivery, Outgoing, QueueStats, Settlement
 from dray.core.wire import pack_headers
 from dray.plugins import _sqlite_admin as admin
+from dray.plugins import _sqlite_bell as bells
 from dray.plugins._sqlite import MAX_BODY_BYTES, WORKER_LOG_BYTES, Database, database_path, spread
-from dray.plugins._sqlite_bell import (
-    WAKE,
-    Bell,
-    answers,
-    await_ring,
-    forget_rings,
-    queue_keys,
-    ring,
-    sweep_bells,
-    take_waiters,
-)
 
 _INSERT = "INSERT INTO message (queue, id, rank, due, count, born, headers, body) VALUES (?, ?, ?, ?, 0, ?, ?, ?)"
 # Messages that came due, and those whose lease ended. The epoch stays: until someone else claims it, the old receipt
@@ -38,8 +28,8 @@ UPDATE message SET due = 0 WHERE seq IN (
     SELECT seq FROM message WHERE queue = ? AND due > 0 AND due <= ? ORDER BY due LIMIT 1000)"""
 _CLAIM = """
 UPDATE message SET due = ?, epoch = ?, count = count + 1 WHERE seq IN (
-    SELECT seq FROM message WHERE queue = ? AND due = 0 ORDER BY rank, seq LIMIT ?)
-RETURNING rank, seq, id, headers, body, count"""
+    SELECT seq FROM message WHERE queue = ? AND due = 0 ORDER BY rank, born, seq LIMIT ?)
+RETURNING rank, born, seq, id, headers, body, count"""
 _NEXT_DUE = "SELECT due FROM message WHERE queue = ? AND due > 0 ORDER BY due LIMIT 1"
 _BURY = """
 INSERT INTO dead (queue, id, rank, count, died, reason, headers, body)
@@ -107,7 +97,7 @@ class SqliteTransport(Transport):
         self.database = Database(path, options.synchronous, options.busy_timeout, context)
         self._logger: logging.Logger = context.logger
         self._now = context.clock.time
-        self._owner: tuple[int, Bell] | None = None
+        self._owner: tuple[int, bells.Bell] | None = None
         self._owner_lock = threading.Lock()
         self._claims = itertools.count()
         self._owners_checked_at = -math.inf
@@ -134,21 +124,21 @@ class SqliteTransport(Transport):
 
     def send(self, messages: Sequence[Outgoing]) -> None:
         rows = self._rows(messages)
-        keys = queue_keys(row[0] for row in rows)
+        keys = bells.queue_keys(row[0] for row in rows)
 
         def work(db: sqlite3.Connection) -> set[str]:
             db.executemany(_INSERT, rows)
-            return take_waiters(db, keys)
+            return bells.take_waiters(db, keys)
 
         if rows:
-            ring(self.database.path, self.database.write(work))
+            bells.ring(self.database.path, self.database.write(work))
 
     def settle(self, settlements: Sequence[Settlement]) -> list[Delivery]:
         if not settlements:
             return []
         follow_ups = [self._rows(settlement.then) if settlement.then else [] for settlement in settlements]
-        lost, bells = self.database.write(lambda db: self._settle(db, settlements, follow_ups))
-        ring(self.database.path, bells)
+        lost, waiters = self.database.write(lambda db: self._settle(db, settlements, follow_ups))
+        bells.ring(self.database.path, waiters)
         return lost
 
     def extend(self, deliveries: Sequence[Delivery], lease_s: float) -> list[Delivery]:
@@ -190,16 +180,17 @@ class SqliteTransport(Transport):
         db.executemany(_INSERT, rows)
         ready.update(row[0] for row in rows)
         lost = [each.delivery for each, ours in zip(settlements, is_ours, strict=True) if not ours]
-        return lost, take_waiters(db, queue_keys(ready))
+        return lost, bells.take_waiters(db, bells.queue_keys(ready))
 
     def _rows(self, messages: Iterable[Outgoing]) -> list[_Row]:
         now, rows = self._now(), []
         for queue, id_, body, headers, priority, not_before, _ in messages:
-            block = packadmin.headers_of(headers)
-            if len(block) + len(body) > MAX_BODY_BYTES:
+            block = pack_headers(headers)
+            size = len(body) + len(block) - max(2 * len(headers) - 1, 0)  # without the separators
+            if size > MAX_BODY_BYTES:
                 raise TooLarge(
-                    f"message {id_} for queue {queue!r} is {len(block) + len(body):,} bytes, headers included; sqlite takes "
-                    f"{MAX_BODY_BYTES:,}: store the data elsewhere and pass a reference to it"
+                    f"message {id_} for queue {queue!r} is {size:,} bytes, headers included; "
+                    f"sqlite takes {MAX_BODY_BYTES:,}: store the data elsewhere and pass a reference to it"
                 )
             due = not_before if not_before is not None and not_before > now else 0
             rows.append((queue, id_, 9 - priority, due, due or now, block, body))
@@ -210,19 +201,19 @@ class SqliteTransport(Transport):
     def consumer(self, queues: Sequence[str], buffer: int) -> Consumer:
         del buffer  # nothing is held unclaimed
         self.database.log_limit_bytes = WORKER_LOG_BYTES
+        self.declare(queues)
         with self._owner_lock:
             if self._owner is None:
-                self.database.open()
-                sweep_bells(self.database.path)
+                bells.sweep_bells(self.database.path)
                 self._owner = self._register()
-        return SqliteConsumer(self, tuple(dict.fromkeys(queues)), Bell(self.database.path))
+        return SqliteConsumer(self, tuple(dict.fromkeys(queues)), bells.Bell(self.database.path))
 
-    def _register(self) -> tuple[int, Bell]:
-        bell = Bell(self.database.path)
+    def _register(self) -> tuple[int, bells.Bell]:
+        bell = bells.Bell(self.database.path)
         insert = "INSERT INTO owner (bell) VALUES (?) RETURNING id"
         return self.database.write(lambda db: db.execute(insert, (bell.name,)).fetchone()[0]), bell
 
-    def claim(self, queues: Sequence[str], limit: int, bell: Bell | None) -> list[Delivery] | _Nothing:
+    def claim(self, queues: Sequence[str], limit: int, bell: bells.Bell | None) -> list[Delivery] | _Nothing:
         """Up to ``limit`` messages; or nothing, and then ``bell`` is rung when one comes."""
         now = self._now()
         if now - self._swept_at >= _SWEEP_EVERY_S:
@@ -236,14 +227,14 @@ class SqliteTransport(Transport):
             for queue in queues:
                 db.execute(_PROMOTE, (queue, now))
                 taken = db.execute(_CLAIM, (until, epoch, queue, limit - len(found))).fetchall()
-                taken.sort()  # by rank and seq: RETURNING promises no order
-                for _, seq, id_, headers, body, count in taken:
+                taken.sort()  # by rank, born and seq: RETURNING promises no order
+                for _, _, seq, id_, headers, body, count in taken:
                     found.append(Delivery(queue, id_, body, admin.headers_of(headers), (seq, epoch), count, until))
                 if len(found) >= limit:
                     break
             if found or bell is None:
                 return found
-            await_ring(db, queue_keys(queues), bell)
+            bells.await_ring(db, bells.queue_keys(queues), bell)
             due = [row[0] for queue in queues for row in db.execute(_NEXT_DUE, (queue,))]
             owners = db.execute("SELECT id, bell FROM owner WHERE id <> ?", (number,)).fetchall() if due else ()
             return _Nothing(min(due, default=math.inf), tuple(owners))
@@ -258,7 +249,7 @@ class SqliteTransport(Transport):
         if time.monotonic() - self._owners_checked_at < _CHECK_OWNERS_EVERY_S:
             return False
         self._owners_checked_at = time.monotonic()
-        dead = [(number, bell) for number, bell in owners if answers(self.database.path, bell) is False]
+        dead = [(number, bell) for number, bell in owners if bells.answers(self.database.path, bell) is False]
 
         def work(db: sqlite3.Connection) -> None:
             for number, _ in dead:
@@ -295,8 +286,8 @@ class SqliteTransport(Transport):
         def work(db: sqlite3.Connection) -> tuple[list[str], set[str]]:
             return admin.dead_requeue(db, ids, self._now())
 
-        found, bells = self.database.write(work)
-        ring(self.database.path, bells)
+        found, waiters = self.database.write(work)
+        bells.ring(self.database.path, waiters)
         return found
 
     def dead_purge(self, ids: Sequence[str]) -> list[str]:
@@ -316,7 +307,7 @@ class SqliteTransport(Transport):
 class SqliteConsumer(Consumer):
     """Claims for one thread, and sleeps on a bell while there is nothing."""
 
-    def __init__(self, transport: SqliteTransport, queues: tuple[str, ...], bell: Bell) -> None:
+    def __init__(self, transport: SqliteTransport, queues: tuple[str, ...], bell: bells.Bell) -> None:
         self._transport = transport
         self._queues = queues
         self._bell = bell
@@ -342,7 +333,7 @@ class SqliteConsumer(Consumer):
             pause_s = min(left_s, _CHECK_OWNERS_EVERY_S) if nothing.owners else left_s
             heard = self._bell.wait(pause_s)
             if heard:
-                return WAKE not in heard
+                return bells.WAKE not in heard
             if pause_s >= left_s:
                 return True
         return True
@@ -352,7 +343,7 @@ class SqliteConsumer(Consumer):
 
     def close(self) -> None:
         self._bell.close()
-        admin.try_write(self._transport.database, lambda db: forget_rings(db, self._bell))
+        admin.try_write(self._transport.database, lambda db: bells.forget_rings(db, self._bell))
 
 
 def _ownership(db: sqlite3.Connection, deliveries: Sequence[Delivery]) -> list[bool]:
