@@ -2,21 +2,37 @@
 
 from __future__ import annotations
 
-import pytest
+from functools import cached_property
 
 from dray.core.clock import Clock
 from dray.core.contracts import Transport
 from dray.plugins._memory import MemoryStore
+from dray.plugins.transports.filesystem import FilesystemTransport
 from dray.plugins.transports.memory import MemoryOptions, MemoryTransport
+from dray.plugins.transports.sqlite import SqliteTransport
 from dray.testing import TransportConformance, plugin_context
 
 
 class TestMemory(TransportConformance):
-    @pytest.fixture(autouse=True)
-    def store(self) -> None:
-        self.shared = MemoryStore()
+    @cached_property
+    def store(self) -> MemoryStore:
+        return MemoryStore()
 
     def make(self, clock: Clock) -> Transport:
-        if not hasattr(self, "shared"):
-            self.shared = MemoryStore()
-        return MemoryTransport(MemoryOptions(), plugin_context("memory", clock), self.shared)
+        return MemoryTransport(MemoryOptions(), plugin_context("memory", clock), self.store)
+
+
+class TestFilesystem(TransportConformance):
+    def make(self, clock: Clock) -> Transport:
+        return FilesystemTransport(FilesystemTransport.Options(), plugin_context("filesystem", clock, self.tmp_path))
+
+
+class TestFilesystemWithFsync(TransportConformance):
+    def make(self, clock: Clock) -> Transport:
+        options = FilesystemTransport.Options(path="synced", fsync=True)
+        return FilesystemTransport(options, plugin_context("filesystem", clock, self.tmp_path))
+
+
+class TestSqlite(TransportConformance):
+    def make(self, clock: Clock) -> Transport:
+        return SqliteTransport(SqliteTransport.Options(), plugin_context("sqlite", clock, self.tmp_path))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import ClassVar
 
 import pluggy
 import pytest
@@ -49,7 +50,7 @@ def test_a_listener_gets_the_arguments_that_it_asks_for() -> None:
 
 def test_a_class_is_built() -> None:
     class Counting(Recorder):
-        seen: list[Counting] = []
+        seen: ClassVar[list[Counting]] = []
 
         def __init__(self) -> None:
             super().__init__()
@@ -71,7 +72,7 @@ def test_all_listeners_are_called_in_order_and_a_failing_one_is_logged(caplog: p
 
     class Failing:
         @hookimpl
-        def task_started(self, id: str) -> None:
+        def task_started(self, id: str) -> None:  # noqa: A002
             order.append("failing")
             raise RuntimeError(f"no {id}")
 

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dray.core.contracts import Durability, Secret, Seconds, Size
+from dray.core.contracts import Durability, Seconds, Secret, Size
 from dray.core.errors import ConfigError
 from dray.core.masking import MASK, masked, shown
 from dray.core.options import Count, Loose, Name, Where, build, check_name, parse_seconds, parse_size, suggest
@@ -177,7 +177,7 @@ def test_a_check_of_the_options_themselves_is_told_with_its_place() -> None:
 
 def test_options_may_be_absent() -> None:
     assert build(Options, {}) == Options()
-    with pytest.raises(ConfigError, match="^x: unknown key; known: port, tls$"):
+    with pytest.raises(ConfigError, match=r"^x: unknown key; known: port, tls$"):
         build(Inner, {"x": 1})
 
 
@@ -314,9 +314,10 @@ def test_suggestions() -> None:
 @pytest.mark.parametrize(
     ("text", "value"),
     [
-        ("", None), ("~", None), ("null", None), ("NULL", None), ("true", True), ("False", False), ("5", 5), ("-5", -5), ("1_000", 1000),
-        ("0", 0), ("1.5", 1.5), (".5", 0.5), ("1e3", 1000.0), ("0755", "0755"), ("1:30", "1:30"), ("2026-01-01", "2026-01-01"),
-        ("tRue", "tRue"), ("nan", "nan"), ("1.2.3", "1.2.3"), ("+", "+"), (".", "."), ("9" * 50, "9" * 50), ("٣", "٣"),
+        ("", None), ("~", None), ("null", None), ("NULL", None), ("true", True), ("False", False), ("5", 5), ("-5", -5),
+        ("1_000", 1000), ("0", 0), ("1.5", 1.5), (".5", 0.5), ("1e3", 1000.0), ("0755", "0755"), ("1:30", "1:30"),
+        ("2026-01-01", "2026-01-01"), ("tRue", "tRue"), ("nan", "nan"), ("1.2.3", "1.2.3"), ("+", "+"), (".", "."),
+        ("9" * 50, "9" * 50), ("٣", "٣"),
     ],
 )  # fmt: skip
 def test_plain_words(text: str, value: object) -> None:
@@ -332,6 +333,8 @@ def test_secrets_are_masked() -> None:
     assert masked("amqp://guest:hu/sh@host/") == f"amqp://guest:{MASK}@host/"
     assert masked("redis://:hush@host:6379/0?ssl=1") == f"redis://:{MASK}@host:6379/0?ssl=1"
     assert masked("pg://host/?user=u&password=hush&x=1") == f"pg://host/?user=u&password={MASK}&x=1"
+    for typo in ("amqp:/guest:hush@host", "amqp//guest:hush@host", "guest:hush@host"):
+        assert "hush" not in str(masked(typo))
     assert masked("redis://host:6379/0") == "redis://host:6379/0"
     assert masked({"a": {"api_key": "k", "n": 1}, "passwords": {"x": ["p"]}}) == {
         "a": {"api_key": MASK, "n": 1},

@@ -1,4 +1,4 @@
-"""Plugins by name: look-up, the different errors, options, instances. The plugins here are real distributions on a path."""
+"""Plugins by name: look-up, the errors, options, instances. The plugins here are real distributions on a path."""
 
 from __future__ import annotations
 
@@ -73,6 +73,13 @@ class Foreign:
 function = len
 """
 
+TWO_EXTRAS = """Provides-Extra: all
+Provides-Extra: fast
+Requires-Dist: nodriver-x>=3; extra == 'all'
+Requires-Dist: other; extra == 'all'
+Requires-Dist: nodriver-x>=3; extra == 'fast'
+"""
+
 Install = Callable[..., str]
 
 
@@ -141,7 +148,7 @@ def test_importing_the_core_loads_no_heavy_library(module: str) -> None:
 
 def test_an_unknown_name_suggests_the_nearest(install: Install) -> None:
     install(GOOD, "good = MODULE:Good")
-    with pytest.raises(PluginNotFound, match="no plugin 'goood' in dray.compressors; did you mean 'good'?"):
+    with pytest.raises(PluginNotFound, match=r"no plugin 'goood' in dray\.compressors; did you mean 'good'\?"):
         plugins.load("compressors", "goood")
 
 
@@ -163,8 +170,7 @@ def test_an_unknown_kind() -> None:
     [
         ("", "pip install nodriver_x"),
         (
-            "Provides-Extra: all\nProvides-Extra: fast\nRequires-Dist: nodriver-x>=3; extra == 'all'\n"
-            "Requires-Dist: other; extra == 'all'\nRequires-Dist: nodriver-x>=3; extra == 'fast'\n",
+            TWO_EXTRAS,
             'pip install "dray-example[fast]"',
         ),
         ("Provides-Extra: mine\n", 'pip install "dray-example[mine]"'),
@@ -313,7 +319,7 @@ def test_forms_of_a_choice(raw: object, use: str, options: dict[str, object]) ->
 
 @pytest.mark.parametrize("raw", [5, None, [], True, {}, {"url": 5}, {"url": "no-scheme"}, {"use": 5}, {"use": " "}, ""])
 def test_no_choice(raw: object) -> None:
-    with pytest.raises(ConfigError, match="^transport"):
+    with pytest.raises(ConfigError, match=r"^transport"):
         PluginChoice.from_raw(raw, Where("transport"))
 
 

@@ -20,34 +20,36 @@ from dray.core.errors import (
 )
 
 COMMANDS = {
-    "worker": "Run tasks until stopped.",
-    "call": "Queue a task; print its id, or wait for its result.",
-    "result": "Show what became of a task.",
-    "revoke": "Cancel tasks: what has not started never starts.",
-    "queues": "Show how full the queues are.",
-    "purge": "Delete all that waits in a queue.",
-    "dead": "List, show, requeue or purge dead letters.",
-    "plugins": "List the installed plugins.",
-    "doctor": "Prove that the configured plugins work, by using them.",
-    "config": "Show or check the configuration; print its JSON Schema.",
-    "bench": "Measure this machine with tasks that do nothing.",
-    "demo": "Watch dray at work on real files.",
-    "new": "Write the start of a task module or of a plugin.",
+    "worker": ("worker", "Run tasks until stopped."),
+    "call": ("call", "Queue a task; print its id, or wait for its result."),
+    "result": ("result", "Show what became of a task."),
+    "revoke": ("result", "Cancel tasks: what has not started never starts."),
+    "queues": ("queues", "Show how full the queues are."),
+    "purge": ("queues", "Delete all that waits in a queue."),
+    "dead": ("dead", "List, show, requeue or purge dead letters."),
+    "plugins": ("plugins", "List the installed plugins."),
+    "doctor": ("doctor", "Prove that the configured plugins work, by using them."),
+    "config": ("config", "Show or check the configuration; print its JSON Schema."),
+    "bench": ("bench", "Measure this machine with tasks that do nothing."),
+    "demo": ("demo", "Watch dray at work on real files."),
+    "new": ("new", "Write the start of a task module or of a plugin."),
 }
-"""Each command, in the module ``dray.cli.<name>`` as ``command``, with its line in ``dray --help``."""
+"""Each command: the module under ``dray.cli`` that holds ``<name>_command``, and its line in ``dray --help``."""
 
 USAGE_ERRORS = (ConfigError, EncodeError, InvalidArguments, InvalidName, UnknownTask)
 
 
 class Failure(click.ClickException):
-    """An error that people see: its text on stderr, and an exit code."""
-
-    def __init__(self, message: str, exit_code: int = 1) -> None:
-        super().__init__(message)
-        self.exit_code = exit_code
+    """An error that people see: its text on stderr, no traceback."""
 
     def show(self, file: Any = None) -> None:
         click.echo(f"dray: {self.message}", file=file or sys.stderr)
+
+
+class Mistake(Failure):
+    """The same where the command line or the configuration is wrong: doing it again would not help."""
+
+    exit_code = 2
 
 
 class Commands(click.Group):
@@ -61,7 +63,8 @@ class Commands(click.Group):
         del ctx
         if cmd_name not in COMMANDS:
             return None
-        command: click.Command = importlib.import_module(f"dray.cli.{cmd_name}").command
+        module = importlib.import_module(f"dray.cli.{COMMANDS[cmd_name][0]}")
+        command: click.Command = getattr(module, f"{cmd_name}_command")
         return command
 
     def resolve_command(
@@ -78,7 +81,7 @@ class Commands(click.Group):
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         del ctx
         with formatter.section("Commands"):
-            formatter.write_dl(list(COMMANDS.items()))
+            formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -86,7 +89,8 @@ class Commands(click.Group):
         except DrayError as error:
             if ctx.params.get("debug"):
                 traceback.print_exc()
-            raise Failure(str(error) or type(error).__name__, 2 if isinstance(error, USAGE_ERRORS) else 1) from error
+            kind = Mistake if isinstance(error, USAGE_ERRORS) else Failure
+            raise kind(str(error) or type(error).__name__) from error
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})

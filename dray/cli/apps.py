@@ -108,14 +108,14 @@ def _configure(app: Dray, name: str, config: str) -> None:
     try:
         app.configure(config)
     except ConfigError as error:
-        raise ConfigError(f"--config {config} comes too late: {name} was used while it was imported ({error})") from error
+        raise ConfigError(
+            f"--config {config} comes too late: {name} was used while it was imported ({error})"
+        ) from error
 
 
 def _import(name: str) -> ModuleType:
     if name.endswith(".py") or "/" in name:
-        raise ConfigError(
-            f"{name!r} is a file; name the module, from its folder: {Path(name).stem}:app"
-        )
+        raise ConfigError(f"{name!r} is a file; name the module, from its folder: {Path(name).stem}:app")
     if not all(part.isidentifier() for part in name.split(".")):
         raise ConfigError(f"{name!r} is no module's name; an application is named as in 'tasks:app'")
     try:

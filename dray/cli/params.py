@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from typing import Any
@@ -68,32 +69,21 @@ class NumbersCommand(click.Command):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         takes_value = {
-            name for param in self.params if isinstance(param, click.Option) and not param.is_flag for name in param.opts
+            name
+            for param in self.params
+            if isinstance(param, click.Option) and not param.is_flag
+            for name in param.opts
         }
-        for at, word in enumerate(args):
+        options: list[str] = []
+        arguments: list[str] = []
+        words = iter(args)
+        for word in words:
             if word == "--":
-                break
-            if NEGATIVE.match(word) and (at == 0 or args[at - 1] not in takes_value):
-                # What follows the first negative number may hold options still: they are moved in front of it.
-                options, rest = _split(args[at:], takes_value)
-                args = [*args[:at], *options, "--", *rest]
-                break
-        return super().parse_args(ctx, args)
-
-
-def _split(words: list[str], takes_value: set[str]) -> tuple[list[str], list[str]]:
-    """Options with their values, and arguments."""
-    options: list[str] = []
-    rest: list[str] = []
-    words = list(words)
-    while words:
-        word = words.pop(0)
-        if word == "--":
-            return options, rest + words
-        if not word.startswith("-") or NEGATIVE.match(word):
-            rest.append(word)
-        else:
-            options.append(word)
-            if word in takes_value and words:
-                options.append(words.pop(0))
-    return options, rest
+                arguments.extend(words)
+            elif not word.startswith("-") or NEGATIVE.match(word):
+                arguments.append(word)
+            else:
+                options.append(word)
+                if word in takes_value:
+                    options.extend(itertools.islice(words, 1))
+        return super().parse_args(ctx, [*options, "--", *arguments])

@@ -10,7 +10,6 @@ import threading
 import weakref
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeVar, overload
 
 from dray.core.clock import Clock, Ids, Random, SystemClock, TimeOrderedIds
@@ -23,6 +22,8 @@ from dray.core.result import AsyncResult, GroupResult, Results
 from dray.core.task import AsyncTask, CallOptions, Signature, Task, TaskOptions, call_options, check_id, task_name
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from dray.core.client import Client
     from dray.core.codec import Codec
     from dray.core.config import Config, WorkerConfig
@@ -130,7 +131,9 @@ class Dray:
         return cls
 
     def hook(self, listener: object) -> None:
-        """Add an object whose methods are marked with ``dray.hookimpl``, before the first use."""
+        """Add an object whose methods are marked with ``dray.hookimpl``, before the first use (else ``ConfigError``)."""
+        if "_hooks" in self.__dict__:
+            raise ConfigError("the hooks are frozen at the first use; hook() has to come before")
         self._listeners.append(listener)
 
     def import_tasks(self) -> None:
@@ -265,7 +268,7 @@ class Dray:
             backend=backend,
             codec=codec,
             results=results,
-            fallback=Fallback(transport.features, codec, self.clock, transport.context.name),
+            fallback=Fallback(transport.features, self.clock, transport.context.name),
             route=self._route,
             hooks=self.hooks,
             clock=self.clock,
@@ -314,7 +317,8 @@ class Dray:
         chosen = build("serializers", config.serializer)
         signer: Signer | None = chosen if isinstance(chosen, Signer) else None
         serializer: Serializer = build("serializers", PluginChoice(signer.inner)) if signer is not None else chosen
-        accept = {serializer.name: serializer} if serializer.name in config.accept else {}
+        accepted = serializer.name in config.accept or config.origin("accept") == "default"
+        accept = {serializer.name: serializer} if accepted else {}
         for name in config.accept:
             if name not in (config.serializer.use if signer is not None else "", serializer.name):
                 accept[name] = build("serializers", PluginChoice(name))

@@ -26,7 +26,7 @@ def assemble_worker(app: Dray, settings: WorkerConfig, on_ready: Callable[[], No
     transport, backend, *_ = app.connections()
     pool = plugins.make("pools", settings.pool, lambda name: app.plugin_context("pools", name))
     _check(config, list(app.registry), transport, pool)
-    fallback = Fallback(transport.features, codec, app.clock, transport.context.name)
+    fallback = Fallback(transport.features, app.clock, transport.context.name)
     limits = config.tasks
     executor_settings = Settings(
         keeps_results=backend.features.keeps,
@@ -49,6 +49,7 @@ def assemble_worker(app: Dray, settings: WorkerConfig, on_ready: Callable[[], No
         app.faults,
         store_timeout_s=config.result_store_timeout,
         remember_ended_s=codec.signer.max_age_s if codec.signer is not None else None,
+        verify=codec.check,
     )
     return Worker(
         WorkerParts(

@@ -110,8 +110,16 @@ class Codec:
         if not_before is not None:
             headers["eta"] = repr(not_before)
         sealed = self.seal(headers, delivery.queue, delivery.id, delivery.body)
-        priority, expires_at = int_header(headers, "prio", 0), float_header(headers, "expires")
+        priority, expires_at = min(int_header(headers, "prio", 0), 9), float_header(headers, "expires")
         return Outgoing(delivery.queue, delivery.id, delivery.body, sealed, priority, not_before, expires_at)
+
+    def check(self, delivery: Delivery) -> None:
+        """Raises ``SignatureError`` for a message that this app would not run; any is fine when signing is off.
+
+        To be asked before a message is signed again that was not decoded here: nobody else's words get our signature.
+        """
+        if self.signer is not None:
+            self._verify(delivery.headers, delivery.queue, delivery.id, delivery.body)
 
     # --- results -------------------------------------------------------------------------------------------
 
@@ -181,7 +189,8 @@ class Codec:
         self._check_signature(headers, _signed_bytes(b"call", unsigned, queue, task_id, body))
         assert self.signer is not None  # noqa: S101
         issued, now = float_header(headers, "issued"), self._clock.time()
-        if issued is None or issued > now + FUTURE_S or issued < now - self.signer.max_age_s:
+        due = float_header(headers, "eta") or 0.0  # a message that was meant to wait is not old before its time
+        if issued is None or issued > now + FUTURE_S or max(issued, due) < now - self.signer.max_age_s:
             raise SignatureError(f"signed at {headers.get('issued')!r}, not within max_age: sign and send it again")
 
     def _check_signature(self, headers: Mapping[str, str], data: bytes) -> None:

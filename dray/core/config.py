@@ -36,6 +36,7 @@ CompressorChoice = Annotated[PluginChoice, "compressors"]
 PoolChoice = Annotated[PluginChoice, "pools"]
 HookChoice = Annotated[PluginChoice, "hooks"]
 
+_COMPRESSORS = ("zlib", "gzip", "bzip2", "lzma", "zstd")
 _DEFAULT_POOL = PluginChoice("prefork")
 
 
@@ -88,13 +89,13 @@ class WorkerConfig:
 class CompressionConfig:
     """How bodies are compressed."""
 
-    KEYS: ClassVar = ("use", "over")
+    KEYS: ClassVar = ("use", "over", "accept")
     use: CompressorChoice | None = None
     """The compressor; every other key is an option of it. None: nothing is compressed."""
     over: Size = 8 * 1024
     """Bodies up to this size are left as they are."""
-    accept: tuple[str, ...] = ("zlib", "gzip", "bzip2", "lzma", "zstd")
-    """The compressors that are taken from others."""
+    accept: tuple[str, ...] = _COMPRESSORS
+    """The compressors that are taken from others; by default also the one in ``use``."""
 
     @classmethod
     def from_raw(cls, raw: object, where: Where) -> CompressionConfig:
@@ -103,7 +104,8 @@ class CompressionConfig:
         own, rest = _split({"use": raw} if isinstance(raw, str) else raw, where, cls.KEYS)
         use = own.pop("use", None)
         if use is not None:
-            own["use"] = _with_options(use, rest, where, "use")
+            own["use"] = choice = _with_options(use, rest, where, "use")
+            own.setdefault("accept", list(dict.fromkeys([*_COMPRESSORS, choice.use])))
         elif rest:
             raise where.child(next(iter(rest))).error(f"unknown key{options.suggest(next(iter(rest)), cls.KEYS)}")
         return options.build(cls, own, where)
@@ -195,7 +197,7 @@ def load(
     given = tree is not None
     tree = _canonical(tree) if tree is not None else Node({}, "default")
     for layer in (*sources.from_environment(environ), sources.from_code(settings or {}, "code")):
-        tree = sources.merge(tree, _canonical(layer))
+        tree = _merge(tree, _canonical(layer))
     raw, origins = sources.flatten(tree)
     _fill_in(raw, "null" if given else "sqlite")
     base = path.parent if path else cwd
@@ -246,6 +248,21 @@ def _long_form(node: Node) -> Node:
     return Node({key: Node(value, node.origin) for key, value in fields.items()}, node.origin)
 
 
+def _merge(base: Node, over: Node) -> Node:
+    """``over`` on top of ``base``: mappings are merged key by key, unless the upper one names another plugin."""
+    if not isinstance(base.value, dict) or not isinstance(over.value, dict) or _names_another(base.value, over.value):
+        return over
+    merged = dict(base.value)
+    for key, node in over.value.items():
+        merged[key] = _merge(merged[key], node) if key in merged else node
+    return Node(merged, base.origin)
+
+
+def _names_another(base: Mapping[str, Node], over: Mapping[str, Node]) -> bool:
+    below, above = (plugins.plugin_name({key: node.value for key, node in item.items()}) for item in (base, over))
+    return above is not None and below is not None and above != below
+
+
 def _fill_in(raw: dict[str, Any], backend: str) -> None:
     """The defaults that depend on other settings."""
     for key, name in (("transport", "sqlite"), ("backend", backend), ("serializer", "json")):
@@ -255,7 +272,7 @@ def _fill_in(raw: dict[str, Any], backend: str) -> None:
         serializer = raw["serializer"]
         names = [plugins.plugin_name(serializer), serializer.get("inner")] if isinstance(serializer, Mapping) else []
         raw["accept"] = [name for name in names if isinstance(name, str)]
-    if not raw.get("workers"):
+    if raw.get("workers") in (None, {}):
         raw["workers"] = {"default": {}}
     if isinstance(raw["workers"], dict):
         missing = {"queues": [raw.get("default_queue", "default")]}

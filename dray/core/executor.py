@@ -135,6 +135,7 @@ class TaskExecutor:
             if isinstance(error, TaskRevoked):
                 return self.revoked(delivery)
             if isinstance(error, WorkerLost):
+                self._codec.check(delivery)  # it may have died over verifying: then it gets no new signature
                 crashes = int_header(delivery.headers, "crashes", 0) + 1
                 if crashes < CRASHES_MAX:
                     again = self._codec.resend(delivery, {"crashes": str(crashes)})
@@ -147,8 +148,13 @@ class TaskExecutor:
 
     def revoked(self, delivery: Delivery) -> Outcome:
         """The outcome of a delivery that was revoked: never run."""
-        result_s = self._keeps(delivery.headers, self._registry.get(delivery.headers.get("task", "")))
-        result = None if result_s is None else self._result(delivery.id, State.REVOKED, None, result_s)
+        result = None
+        try:
+            result_s = self._keeps(delivery.headers, self._registry.get(delivery.headers.get("task", "")))
+            if result_s is not None:
+                result = self._result(delivery.id, State.REVOKED, None, result_s)
+        except CodecError as error:  # bad headers, or no key to sign the result with
+            log.warning("task %s was revoked; its result cannot be kept: %s", delivery.id, error)
         return Outcome(Settlement(delivery, Action.ACK), result)
 
     def replayed(self, delivery: Delivery) -> Outcome:
@@ -204,10 +210,11 @@ class TaskExecutor:
     def _unknown(self, delivery: Delivery) -> Outcome:
         name, now = delivery.headers.get("task", ""), self._clock.time()
         since = float_header(delivery.headers, "since")
+        since = now if since is None or since > now else since  # a time to come would make it wait for ever
         check_name_of(delivery)
-        if now - (now if since is None else since) < self._settings.unknown_task_wait_s:
+        if now - since < self._settings.unknown_task_wait_s:
             log.warning("task %s: %r is not known here%s; it waits", delivery.id, name, self._registry.hint(name))
-            again = self._codec.resend(delivery, {"since": repr(since or now)}, now + UNKNOWN_PAUSE_S)
+            again = self._codec.resend(delivery, {"since": repr(since)}, now + UNKNOWN_PAUSE_S)
             return Outcome(Settlement(delivery, Action.ACK, (again,)), None)
         return self._dead(delivery, DecodeError(f"unknown task {name!r}{self._registry.hint(name)}"))
 
@@ -289,7 +296,7 @@ class TaskExecutor:
             delay_s = None if hopeless else retry.decide(call.policy, call.retries, error, self._random)
             if delay_s is not None:
                 return self._again(delivery, call, error, delay_s)
-        except Exception as problem:  # the user's wait function, or no key to sign the retry with
+        except BaseException as problem:  # the user's wait function, or no key to sign the retry with
             log.exception("task %s: its retry could not be decided", delivery.id)
             problem.__context__ = error
             error = problem
@@ -318,10 +325,14 @@ class TaskExecutor:
         name = delivery.headers.get("task", "")
         if result_s == -1.0:
             result_s = self._settings.result_expires_s if self._settings.keeps_results else None
-        result = None if result_s is None else self._error_result(delivery.id, State.FAILURE, error, result_s)
+        try:
+            result = None if result_s is None else self._error_result(delivery.id, State.FAILURE, error, result_s)
+        except CodecError as problem:  # no key to sign it with: the dead letter still tells
+            result = None
+            log.warning("task %s: its failure cannot be kept as a result: %s", delivery.id[:255], problem)
         if self._hooks.task_dead is not None:
             self._hooks.task_dead(
-                task=name, id=delivery.id, queue=delivery.queue, attempt=_attempt(delivery), reason=reason
+                task=name, id=delivery.id, queue=delivery.queue, attempt=attempt_of(delivery), reason=reason
             )
         log.error("task %s (%s) is dead: %s", delivery.id[:255], name[:200], reason)
         return Outcome(Settlement(delivery, Action.DEAD, (), reason), result)
@@ -378,7 +389,8 @@ def _about(delivery: Delivery, call: _Call) -> dict[str, Any]:
     return {"task": call.task.name, "id": delivery.id, "queue": delivery.queue, "attempt": call.retries}
 
 
-def _attempt(delivery: Delivery) -> int:
+def attempt_of(delivery: Delivery) -> int:
+    """Retries so far; 0 where the header makes no sense."""
     try:
         return int_header(delivery.headers, "attempt", 0)
     except DecodeError:

@@ -12,6 +12,8 @@ from dray.core.errors import TaskFailed
 
 TRACEBACK_MAX = 16_384
 REASON_MAX = 500
+_FLOW = (StopIteration, StopAsyncIteration)
+"""Python takes these for the end of an iteration: never raised again at the caller's."""
 
 
 def dotted(cls: type) -> str:
@@ -23,13 +25,16 @@ def error_record(error: BaseException) -> dict[str, Any]:
     """An exception as plain data. Never raises, whatever the exception's own methods do."""
     try:
         text = "".join(traceback.format_exception(error))
-    except Exception:
+    except BaseException:
         text = "(the traceback could not be formatted)"
     if len(text) > TRACEBACK_MAX:
         text = f"{text[: TRACEBACK_MAX // 2]}\n[...]\n{text[-TRACEBACK_MAX // 2 :]}"
-    args = error.args if isinstance(error.args, tuple) else ()
-    plain = list(args) if all(type(a) in (str, int, float, bool, type(None)) for a in args) else None
-    return {"type": dotted(type(error)), "message": clean(_message(error)), "args": plain, "traceback": clean(text)}
+    return {
+        "type": clean(dotted(type(error))),
+        "message": clean(_message(error)),
+        "args": _plain_args(error),
+        "traceback": clean(text),
+    }
 
 
 def brief(error: BaseException) -> str:
@@ -46,8 +51,17 @@ def clean(text: str) -> str:
 def _message(error: BaseException) -> str:
     try:
         return str(error)[:TRACEBACK_MAX]
-    except Exception as problem:
+    except BaseException as problem:  # whatever the user's class does, SystemExit included
         return f"(its text could not be made: {type(problem).__name__})"
+
+
+def _plain_args(error: BaseException) -> list[Any] | None:
+    """What the exception was made with; None when that is not plain data."""
+    try:
+        args = tuple(error.args)
+    except BaseException:
+        return None
+    return list(args) if all(type(a) in (str, int, float, bool, type(None)) for a in args) else None
 
 
 class SafeErrors:
@@ -60,7 +74,7 @@ class SafeErrors:
         known = [*vars(builtins).values(), *vars(errors).values()]
         self._classes: dict[str, type[BaseException]] = {}
         for cls in known:
-            if isinstance(cls, type) and issubclass(cls, Exception):
+            if isinstance(cls, type) and issubclass(cls, Exception) and cls not in _FLOW:
                 self.add(cls)
 
     def add(self, cls: type[BaseException]) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 
 from dray.core.clock import Clock
-from dray.core.codec import Codec, float_header
+from dray.core.codec import float_header, int_header
 from dray.core.contracts import TransportFeatures
 from dray.core.errors import NotSupported
 from dray.core.message import Action, Delivery, Outgoing, Settlement
@@ -22,9 +22,8 @@ DEAD_SUFFIX = ".dead"
 class Fallback:
     """Adapts messages and settlements to one transport's features. Any thread."""
 
-    def __init__(self, features: TransportFeatures, codec: Codec, clock: Clock, transport: str) -> None:
+    def __init__(self, features: TransportFeatures, clock: Clock, transport: str) -> None:
         self._features = features
-        self._codec = codec
         self._clock = clock
         self._transport = transport
         self._clamped = False
@@ -63,11 +62,10 @@ class Fallback:
         delivery, action, then, reason = settlement
         if action is Action.DEAD and not self._features.dead_letter:
             headers = {**delivery.headers, "x-dead-reason": (reason or "")[:500], "x-dead-queue": delivery.queue}
-            queue = delivery.queue + DEAD_SUFFIX
-            sealed = self._codec.seal(headers, queue, delivery.id, delivery.body)
-            then, action = (*then, Outgoing(queue, delivery.id, delivery.body, sealed)), Action.ACK
+            letter = Outgoing(delivery.queue + DEAD_SUFFIX, delivery.id, delivery.body, headers)
+            then, action = (*then, letter), Action.ACK
         elif action is Action.RELEASE and not self._features.release:
-            then, action = (*then, self._codec.resend(delivery, {})), Action.ACK
+            then, action = (*then, _copy(delivery, None)), Action.ACK
         return Settlement(delivery, action, tuple(map(self.outgoing, then)), reason)
 
     def early(self, delivery: Delivery) -> Settlement | None:
@@ -77,4 +75,11 @@ class Fallback:
         eta = float_header(delivery.headers, "eta")
         if eta is None or eta <= self._clock.time():
             return None
-        return Settlement(delivery, Action.ACK, (self.outgoing(self._codec.resend(delivery, {}, eta)),))
+        return Settlement(delivery, Action.ACK, (_copy(delivery, eta),))
+
+
+def _copy(delivery: Delivery, not_before: float | None) -> Outgoing:
+    """The same message once more, its signature included: it was not verified here, so it must not get a new one."""
+    headers = delivery.headers
+    priority, expires_at = min(int_header(headers, "prio", 0), 9), float_header(headers, "expires")
+    return Outgoing(delivery.queue, delivery.id, delivery.body, headers, priority, not_before, expires_at)

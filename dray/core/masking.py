@@ -8,7 +8,7 @@ from collections.abc import Mapping
 MASK = "********"
 
 _KEY = r"(?i:passw|secret|token|credential|private_?key|api_?key|access_?key)"
-_IN_AUTHORITY = r"(?<=://)([^\s@:/]*):\S*@"
+_IN_AUTHORITY = r"(?<![^/])([^\s@:/]*):(?!//)\S*@"  # also where a slash or the colon before it was forgotten
 _IN_QUERY = r"(?i:([?&][^=&\s]*(?:passw|secret|token|key)[^=&\s]*=)[^&\s#]*)"
 
 

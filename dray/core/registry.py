@@ -5,11 +5,13 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dray.core.errors import ConfigError, UnknownTask
 from dray.core.task import Task
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 class Registry:

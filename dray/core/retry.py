@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -99,12 +98,16 @@ class Policy(NamedTuple):
             raise EncodeError(
                 "Retry(wait=...) is a function and cannot travel with a call; give it to @app.task instead"
             )
+        import json
+
         names = [cls if isinstance(cls, str) else dotted(cls) for cls in self.on]
         return json.dumps([names, *self[1:6]])
 
     @classmethod
     def loads(cls, text: str) -> Policy:
         """The inverse of :meth:`dumps`; raises ``DecodeError``."""
+        import json
+
         try:
             names, *numbers = json.loads(text)
             if len(numbers) != 5 or not all(isinstance(n, str) for n in names):
@@ -127,9 +130,11 @@ def decide(policy: Policy | None, retries: int, error: BaseException, random: Ra
         return None
     if policy.wait is not None:
         delay_s = policy.wait(retries, error)
+        if delay_s is not None and not delay_s < 1e12:
+            raise ConfigError(f"Retry(wait=...) returned {delay_s!r}: seconds, or None to give up")
         return None if delay_s is None else max(0.0, float(delay_s))
     try:
-        delay_s = policy.delay * policy.backoff**retries
+        delay_s = policy.delay * float(policy.backoff) ** retries
     except OverflowError:
         delay_s = policy.max_delay
     delay_s = min(delay_s, policy.max_delay)

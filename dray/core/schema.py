@@ -191,8 +191,7 @@ def _with_keys(shape: Schema, keys: Schema, required: list[str]) -> Schema:
 
 def _other(known: Mapping[str, Schema], key: str) -> Schema:
     """A plugin that is not installed here."""
-    return {
-        "type": "object",
-        "properties": {key: {"type": "string", "not": {"enum": sorted(known)}}},
-        "required": [key],
-    }
+    unknown: Schema = {"type": "string", "not": {"enum": sorted(known)}}
+    if key != "use":  # the long form, where the plugin is chosen by another key
+        unknown = {"anyOf": [unknown, {"type": "object", "properties": {"use": unknown}, "required": ["use"]}]}
+    return {"type": "object", "properties": {key: unknown}, "required": [key]}

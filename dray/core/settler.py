@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from dray.core.clock import Clock, Random
 from dray.core.contracts import ResultBackend, Tombstones, Transport
-from dray.core.errors import TransportError
+from dray.core.errors import CodecError, TransportError
+from dray.core.failure import brief
 from dray.core.fallback import Fallback
 from dray.core.faults import Faults
 from dray.core.message import Action, Delivery, Outcome, Settlement, StoredResult
@@ -42,6 +43,7 @@ class Settler:
         *,
         store_timeout_s: float,
         remember_ended_s: float | None,
+        verify: Callable[[Delivery], None] = lambda _: None,
     ) -> None:
         self._transport = transport
         self._backend = backend
@@ -51,6 +53,7 @@ class Settler:
         self._faults = faults
         self._store_timeout_s = store_timeout_s
         self._remember_ended_s = remember_ended_s  # set when messages are signed: a replay must not run again
+        self._verify = verify
         self._lock = threading.Lock()  # guards what follows
         self._waiting: deque[Outcome] = deque()
         self._reports: dict[str, StoredResult] = {}
@@ -115,9 +118,9 @@ class Settler:
             self._write()
         except TransportError as error:
             return self._failed(error)
-        except Exception:
+        except Exception as error:
             log.exception("a batch of %d outcomes could not be settled", len(self._batch))
-            return self._isolate()
+            return self._isolate(error)
         self._done(self._batch)
         return 0.0
 
@@ -138,7 +141,7 @@ class Settler:
         if reports:
             try:
                 self._backend.store(reports)
-            except TransportError as error:
+            except Exception as error:  # one that is too large, for instance: reports are no reason to stop
                 log.debug("%d progress reports were dropped: %s", len(reports), error)
 
     def _write(self) -> None:
@@ -166,13 +169,22 @@ class Settler:
     def _remember_ended(self) -> None:
         if self._remember_ended_s is None or not isinstance(self._transport, Tombstones):
             return
-        ended = {
-            settlement.delivery.id: "ended"
-            for settlement, _ in self._batch
-            if settlement.action is not Action.RELEASE and not settlement.then
-        }
+        ended: dict[str, str] = {}
+        for settlement, _ in self._batch:
+            if settlement.action is Action.ACK and not settlement.then:
+                ended[settlement.delivery.id] = "ended"
+            elif settlement.action is Action.DEAD and self._is_genuine(settlement.delivery):
+                ended[settlement.delivery.id] = "dead"
         if ended:
             self._transport.bury(ended, self._clock.time() + self._remember_ended_s)
+
+    def _is_genuine(self, delivery: Delivery) -> bool:
+        """False for a message with a bad signature: it must not make the genuine one of the same id count as ended."""
+        try:
+            self._verify(delivery)
+        except CodecError:
+            return False
+        return True
 
     def _done(self, batch: list[Outcome]) -> None:
         with self._lock:
@@ -208,20 +220,22 @@ class Settler:
         self._pause_s = min(self._pause_s * 2, LONGEST_PAUSE_S)
         return pause_s
 
-    def _isolate(self) -> float:
+    def _isolate(self, error: Exception) -> float:
         """An error that is not the store's state: find the outcome that causes it, and put that message aside."""
         batch = self._batch
         if len(batch) > 1:
+            half = len(batch) // 2
             with self._lock:
-                self._waiting.extendleft(reversed(batch[1:]))
-            self._batch = batch[:1]
+                self._waiting.extendleft(reversed(batch[half:]))
+            self._batch = batch[:half]
             return 0.0
         delivery, action, then, _ = batch[0].settlement
         if action is Action.DEAD and not then and batch[0].result is None:
             log.error("task %s cannot even be dead-lettered; its lease is left to run out", delivery.id)
             self._done(batch)
         else:
-            self._batch = [Outcome(Settlement(delivery, Action.DEAD, (), "its outcome could not be written"), None)]
+            reason = f"its outcome could not be written: {brief(error)}"
+            self._batch = [Outcome(Settlement(delivery, Action.DEAD, (), reason), None)]
         return 0.0
 
     # --- leases --------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from typing import Annotated, Any, cast, get_args, get_origin
 
 from dray.core import plugins
 from dray.core.config import CompressionConfig, Config, PluginChoice, WorkerConfig, settings
+from dray.core.contracts import Secret
 from dray.core.errors import ConfigError
 from dray.core.masking import MASK, masked
 from dray.core.options import hints
@@ -45,14 +46,14 @@ class _Rows:
 
     def _of(self, value: Any, kind: Any, path: str) -> Iterator[Setting]:
         if isinstance(value, PluginChoice):
-            use = path if self._origin(f"{path}.use") == "default" else f"{path}.use"
-            yield from self._of_choice(value, get_args(kind)[1], use, path)
+            yield from self._of_choice(value, get_args(kind)[1], f"{path}.use", path)
         elif isinstance(value, WorkerConfig):
             yield Setting(f"{path}.queues", list(value.queues), self._origin(f"{path}.queues"))
             pool = "pool.use" if value.pool.where.path.endswith(".pool") else "pool"
             yield from self._of_choice(value.pool, "pools", f"{path}.{pool}", value.pool.where.path)
         elif isinstance(value, CompressionConfig):
             yield Setting(f"{path}.over", value.over, self._origin(f"{path}.over"))
+            yield Setting(f"{path}.accept", list(value.accept), self._origin(f"{path}.accept"))
             if value.use is not None:
                 yield from self._of_choice(value.use, "compressors", f"{path}.use", value.use.where.path)
         elif dataclasses.is_dataclass(value):
@@ -67,14 +68,17 @@ class _Rows:
             yield self._row(path, value, kind)
 
     def _of_choice(self, choice: PluginChoice, kind: str, use: str, path: str) -> Iterator[Setting]:
+        origin = self._origin(use)
+        if origin == "default":  # a URL may have named it
+            origin = self._origin(f"{path}.url")
         try:
             cls, built = plugins.configure(kind, choice)
         except ConfigError as error:
-            yield Setting(use, choice.use, self._origin(use), str(error))
-            for key, value in choice.options.items():
-                yield self._row(f"{path}.{key}", value, object)
+            yield Setting(use, choice.use, origin, str(error))
+            for key, value in choice.options.items():  # what is secret here only the plugin knows
+                yield self._row(f"{path}.{key}", value, str if key == "url" else Secret)
             return
-        yield Setting(use, choice.use, self._origin(use))
+        yield Setting(use, choice.use, origin)
         for name, option in hints(cls.Options).items():
             yield self._row(f"{path}.{name}", getattr(built, name), option)
 

@@ -1,6 +1,6 @@
 """Where settings come from: YAML, a module, the environment, code. Each value keeps the place that it came from.
 
-All sources become the same tree of :class:`Node`; later ones are merged over earlier ones.
+All sources become the same tree of :class:`Node`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dray.core.errors import ConfigError
 from dray.core.options import Loose
-from dray.core.plugins import plugin_name
 
 if TYPE_CHECKING:
     import yaml
@@ -31,7 +30,7 @@ _WORDS: Mapping[str, object] = {"": None, "~": None, "null": None, "true": True,
 _LOOSE_WORDS = {"yes": True, "on": True, "no": False, "off": False}
 _TAGS = frozenset(f"tag:yaml.org,2002:{tag}" for tag in ("bool", "int", "float", "null", "timestamp", "value", "merge"))
 _TAG_MAP, _TAG_SEQ, _TAG_STR, _TAG_MERGE = (f"tag:yaml.org,2002:{tag}" for tag in ("map", "seq", "str", "merge"))
-_NOT_SETTINGS = r"DRAY_(?:CONFIG$|FAILPOINTS|LOG)"
+_NOT_SETTINGS = r"DRAY_(?:CONFIG$|DEBUG$|FAILPOINTS|LIFELINE$|LOG)"
 
 
 class Node(NamedTuple):
@@ -245,7 +244,9 @@ def from_environment(environ: Mapping[str, str]) -> Iterator[Node]:
     names = [name for name in environ if name.startswith("DRAY_") and not re.match(_NOT_SETTINGS, name)]
     for name in sorted(names, key=lambda item: (item.count("__"), item)):
         origin = f"environment {name}"
-        *outer, last = name.removeprefix("DRAY_").lower().split("__")
+        *outer, last = path = name.removeprefix("DRAY_").lower().split("__")
+        if not all(path):
+            raise ConfigError(f"{origin}: this names no setting; write DRAY_NAME or DRAY_OUTER__INNER")
         text = _loose(environ[name])
         value = text.value if isinstance(text.value, dict | list) else text
         node = Node({last: from_code(value, origin)}, origin)
@@ -267,22 +268,7 @@ def _loose(text: str) -> Loose:
     return Loose(text, value.value if isinstance(value, Loose) else value)
 
 
-# --- merging -----------------------------------------------------------------------------------------------
-
-
-def merge(base: Node, over: Node) -> Node:
-    """``over`` on top of ``base``: mappings are merged key by key, unless the upper one names another plugin."""
-    if not isinstance(base.value, dict) or not isinstance(over.value, dict) or _names_another(base.value, over.value):
-        return over
-    merged = dict(base.value)
-    for key, node in over.value.items():
-        merged[key] = merge(merged[key], node) if key in merged else node
-    return Node(merged, base.origin)
-
-
-def _names_another(base: Mapping[str, Node], over: Mapping[str, Node]) -> bool:
-    below, above = (plugin_name({key: node.value for key, node in item.items()}) for item in (base, over))
-    return above is not None and below is not None and above != below
+# --- the outcome ---------------------------------------------------------------------------------------------
 
 
 def flatten(node: Node, path: str = "") -> tuple[Any, dict[str, str]]:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import inspect
+import os.path
 import sys
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, field, fields, replace
-from datetime import datetime, timedelta
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, ParamSpec, Protocol, TypeVar, cast
 
 from dray.core.errors import ConfigError, EncodeError, InvalidArguments, InvalidName
 from dray.core.retry import Policy, Retry
 
 if TYPE_CHECKING:
+    from datetime import datetime, timedelta
+
     from dray.core.result import AsyncResult
 
 P = ParamSpec("P")
@@ -267,7 +268,7 @@ def task_name(fn: Callable[..., Any]) -> str:
         main = sys.modules["__main__"]
         spec = getattr(main, "__spec__", None)
         file = getattr(main, "__file__", None)
-        module = spec.name.removesuffix(".__main__") if spec is not None else Path(file).stem if file else module
+        module = spec.name.removesuffix(".__main__") if spec is not None else os.path.splitext(os.path.basename(file))[0] if file else module
     if "<lambda>" in fn.__qualname__:
         raise ConfigError("a lambda has no name to be found by; define a function, or pass name='...'")
     return f"{module}.{fn.__qualname__}".replace(".<locals>", "")

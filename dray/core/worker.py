@@ -12,7 +12,7 @@ from dray.core.clock import Clock, Random
 from dray.core.contracts import Consumer, Durability, Pool, ResultBackend, Tombstones, Transport
 from dray.core.demand import Demand
 from dray.core.errors import CodecError, ConfigError, TransportError
-from dray.core.executor import TaskExecutor
+from dray.core.executor import TaskExecutor, attempt_of
 from dray.core.fallback import Fallback
 from dray.core.faults import Faults
 from dray.core.hooks import Hooks
@@ -64,6 +64,7 @@ class Intake:
         self._target = parts.pool.capacity
         self._submitted = 0
         self._done = 0
+        self._returned = 0
         self._consumer: Consumer | None = None
         self.room = threading.Event()
         """Set when something was done: there may be room for more."""
@@ -82,7 +83,11 @@ class Intake:
             if parts.faults is not None:
                 parts.faults.hit("received")
             parts.settler.track(deliveries)
-            runnable = self._admit(deliveries)
+            try:
+                runnable = self._admit(deliveries)
+            except BaseException:
+                parts.settler.give_back(deliveries)  # else their leases would be kept, and nobody would run them
+                raise
             with self._lock:
                 self._submitted += len(runnable)
             parts.pool.submit(runnable)
@@ -115,12 +120,11 @@ class Intake:
                 refused.append(outcome)
         if parts.hooks.task_received is not None:
             for delivery in runnable:
-                attempt = delivery.headers.get("attempt", "0")
                 parts.hooks.task_received(
                     task=delivery.headers.get("task", ""),
                     id=delivery.id,
                     queue=delivery.queue,
-                    attempt=int(attempt) if attempt.isdigit() else 0,
+                    attempt=attempt_of(delivery),
                     delivery_count=delivery.delivery_count,
                 )
         if refused:
@@ -131,6 +135,8 @@ class Intake:
         if mark == "ended":
             log.warning("task %s has ended before: this copy is not run", delivery.id)
             return self._parts.executor.replayed(delivery)
+        if mark == "dead":  # a replay, or its worker was lost before the dead letter was written
+            return self._parts.executor.undeliverable(delivery, "it has ended among the dead letters before")
         return self._parts.executor.revoked(delivery)
 
     def _early(self, delivery: Delivery) -> Outcome | None:
@@ -141,15 +147,21 @@ class Intake:
         return None if settlement is None else Outcome(settlement, None)
 
     def done(self, count: int) -> None:
-        """The pool ended, or gave back, this many."""
+        """The pool ended this many."""
         with self._lock:
             self._done += count
+        self.room.set()
+
+    def returned(self, count: int) -> None:
+        """The pool gave this many back: they say nothing about its speed."""
+        with self._lock:
+            self._returned += count
         self.room.set()
 
     @property
     def held(self) -> int:
         """Deliveries that the pool has."""
-        return self._submitted - self._done
+        return self._submitted - self._done - self._returned
 
     def surplus(self) -> int:
         """How many are held beyond what the measured rate justifies: others could run them."""
@@ -208,7 +220,12 @@ class Worker:
         if parts.hooks.worker_started is not None:
             parts.hooks.worker_started(worker=parts.name, queues=list(parts.queues))
         parts.on_ready()
-        parts.pool.run(self._stopping)
+        try:
+            parts.pool.run(self._stopping)
+        except Exception as error:
+            log.critical("the pool failed: %s", error)
+            self._failure = error
+            self.stop()
         self._shut_down(threads)
         return EXIT_FAILED if self._failure is not None else EXIT_WARM
 
@@ -242,6 +259,7 @@ class Worker:
         settler = self._parts.settler
         while not self._settled_all.is_set():
             pause_s = settler.step()
+            self._intake.room.set()  # it may wait for a backlog to shrink
             if pause_s == NOTHING_TO_DO:
                 settler.wake.wait(1.0)
             elif pause_s > 0:
@@ -299,7 +317,7 @@ class Worker:
         for delivery in lost:
             log.warning("the lease of task %s was lost: another worker may run it", delivery.id)
             if self._parts.pool.cancel(delivery):
-                self._intake.done(1)
+                self._intake.returned(1)
 
     def _revoke(self) -> None:
         parts = self._parts
@@ -311,7 +329,7 @@ class Worker:
             mark = marks.get(delivery.id)
             if mark in ("revoked", "terminate"):
                 if parts.pool.cancel(delivery):
-                    self._intake.done(1)
+                    self._intake.returned(1)
                     parts.settler.collect([parts.executor.revoked(delivery)])
                 elif mark == "terminate":
                     parts.pool.cancel(delivery, kill=True)
@@ -321,7 +339,7 @@ class Worker:
             recalled = self._parts.pool.recall()
         if recalled:
             log.debug("%d tasks that have not begun are given back", len(recalled))
-            self._intake.done(len(recalled))
+            self._intake.returned(len(recalled))
             self._parts.settler.give_back(recalled)
 
     def _shut_down(self, threads: list[threading.Thread]) -> None:
@@ -333,6 +351,7 @@ class Worker:
         self._recall()
         if parts.faults is not None:
             parts.faults.hit("draining")
+        self._idle.clear()  # the last step of the intake may have begun another one since it was set
         if self._intake.held > 0:
             running = parts.pool.running()
             log.info("stopping: up to %.0f s for %d running tasks", parts.shutdown_timeout_s, len(running))

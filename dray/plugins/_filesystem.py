@@ -43,7 +43,7 @@ def mapped(doing: str, root: Path) -> Iterator[None]:
         raise Unavailable(f"{doing} in {root}: {error.strerror or error}; {hint}") from error
 
 
-def folder(url: str, path: str, base: Path) -> Path:
+def folder(url: str | None, path: str, base: Path) -> Path:
     """The folder that ``filesystem:///dir``, ``file:///dir`` or a path means."""
     if url:
         parts = urlsplit(url)
@@ -206,10 +206,13 @@ class Sleeper:
         poller.poll(max(timeout_s, 0.0) * 1000)
 
     def hide(self) -> None:
-        """Awake again: not to be poked, and pokes so far are forgotten."""
+        """Awake again: not to be found any more, and pokes so far are forgotten."""
         if self._has_fifo:
             with contextlib.suppress(OSError):
                 os.rename(self._shown, self._hidden)
+        self.forget_pokes()
+
+    def forget_pokes(self) -> None:
         with contextlib.suppress(BlockingIOError):
             os.read(self._reader, 65536)
 
@@ -234,7 +237,9 @@ class Sleeper:
             self._writer = os.open(self._hidden, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError:
             self._has_fifo = False
-            self._reader, self._writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+            self._reader, self._writer = os.pipe()
+            os.set_blocking(self._reader, False)
+            os.set_blocking(self._writer, False)
 
 
 def poke(waiters: Path, keys: Collection[str]) -> None:

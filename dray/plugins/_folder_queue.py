@@ -57,7 +57,7 @@ class Name(NamedTuple):
     level: int
     time: int
     unique: str
-    count: int
+    deliveries: int
     key: str
 
     @classmethod
@@ -76,7 +76,7 @@ class Name(NamedTuple):
         return cls(int(level), int(time, 16), tie, int(count, 16), key)
 
     def __str__(self) -> str:
-        return f"{self.level}-{self.time:016x}-{self.unique}-{self.count:x}-{self.key}"
+        return f"{self.level}-{self.time:016x}-{self.unique}-{self.deliveries:x}-{self.key}"
 
     @property
     def folder(self) -> str:
@@ -145,7 +145,7 @@ class FolderQueue:
 
     def lease(self, name: Name, until: float) -> Receipt | None:
         """Own a waiting message; None if somebody else was faster."""
-        counted = name._replace(count=name.count + 1)
+        counted = name._replace(deliveries=name.deliveries + 1)
         token = secrets.token_hex(8)
         path = f"{self.leased}/{microseconds(until):016x}-{token}-{counted}"
         try:
@@ -165,7 +165,7 @@ class FolderQueue:
         except (DecodeError, KeyError) as error:
             self.set_aside(receipt.path, receipt.name, f"the message's file is not readable: {error}", now)
             return None
-        return Delivery(self.queue, id_, body, headers, receipt, receipt.name.count, until)
+        return Delivery(self.queue, id_, body, headers, receipt, receipt.name.deliveries, until)
 
     def extend(self, receipt: Receipt, until: float) -> bool:
         path = f"{self.leased}/{microseconds(until):016x}-{receipt.token}-{receipt.name}"
@@ -184,7 +184,7 @@ class FolderQueue:
         return True
 
     def release(self, receipt: Receipt) -> bool:
-        return self.place(receipt.path, receipt.name._replace(count=receipt.name.count - 1))
+        return self.place(receipt.path, receipt.name._replace(deliveries=receipt.name.deliveries - 1))
 
     def reclaim(self, now: float) -> float:
         """Make messages whose lease ended wait again; return when the next lease ends."""
@@ -238,17 +238,15 @@ class FolderQueue:
             return False
         return True
 
-    def read(self, name: Name) -> Outgoing | None:
+    def read(self, name: Name, *, delayed: bool) -> Outgoing | None:
         """A waiting message, left where it is; None if it is gone or makes no sense."""
         try:
             fields, content = disclose(read_whole(f"{self.messages}/{name.folder}/{name}"))
             headers, body = wire.unpack(content)
-            return Outgoing(self.queue, fields["id"], body, headers, LEVELS - 1 - name.level, name.time / 1e6)
+            not_before = name.time / 1e6 if delayed else None
+            return Outgoing(self.queue, fields["id"], body, headers, LEVELS - 1 - name.level, not_before)
         except (FileNotFoundError, DecodeError, KeyError):
             return None
-
-    def leased_count(self) -> int:
-        return len(listed(self.leased))
 
     # --- dead letters --------------------------------------------------------------------------------------
 
@@ -274,10 +272,10 @@ class FolderQueue:
             reason = read_whole(f"{self.dead}/.{entry}").decode()
         except FileNotFoundError:
             reason = ""
-        return DeadLetter(id_, self.queue, body, headers, reason, int(entry[:16], 16) / 1e6, name.count)
+        return DeadLetter(id_, self.queue, body, headers, reason, int(entry[:16], 16) / 1e6, name.deliveries)
 
     def requeue(self, entry: str, name: Name, now: float) -> bool:
-        anew = name._replace(time=microseconds(now), unique=unique(), count=0)
+        anew = name._replace(time=microseconds(now), unique=unique(), deliveries=0)
         done = self.place(f"{self.dead}/{entry}", anew)
         self._drop_reason(entry)
         return done

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from dray.core.contracts import Executor
-from dray.core.errors import WorkerLost
 from dray.core.message import Delivery, Outcome, StoredResult
+from dray.plugins._escaped import outcome_of_escape
 from dray.plugins._prefork_frames import (
     BYE,
     DRY,
@@ -114,12 +114,10 @@ class ChildSlot:
             self._memory.set_deadline(0.0)
 
     def report(self, result: StoredResult) -> None:
-        limit = self._limit
-        limit.held = True
-        try:
-            self._outlet.send(REPORT, pack_report(result))
-        finally:
-            limit.held = False
+        self._limit.shield(self._send_report, pack_report(result))
+
+    def _send_report(self, payload: bytes) -> None:
+        self._outlet.send(REPORT, payload)
 
     def detach(self) -> None:
         """In a process that a task forked: the shared memory and the socket stay its parent's."""
@@ -134,7 +132,7 @@ class ChildLoop:
     had not begun: it drops what it holds, and all later frames of that generation, and says that it ran dry.
     """
 
-    def __init__(  # noqa: PLR0913 - the parts that a child is made of
+    def __init__(
         self,
         sock: socket.socket,
         token_fd: int,
@@ -199,7 +197,8 @@ class ChildLoop:
             try:
                 outcome = run(delivery, slot)
             except BaseException as error:
-                outcome = self._escaped(delivery, error)
+                slot.end()
+                outcome = outcome_of_escape(self._executor, delivery, error)
             if outlet.muted:  # this is a process that the task forked; the task's own goes on elsewhere
                 os._exit(0)
             took_s = monotonic() - now
@@ -227,13 +226,6 @@ class ChildLoop:
         self._held.clear()
         self._dry = self._generation
         self._outlet.send(DRY, self._dry.to_bytes(8, "little"))
-
-    def _escaped(self, delivery: Delivery, error: BaseException) -> Outcome:
-        """The executor let something through that ends programs (``SystemExit``): the child goes on."""
-        self._slot.end()
-        if not isinstance(error, Exception):
-            error = WorkerLost(f"the task raised {type(error).__name__}({error}) past everything that handles errors")
-        return self._executor.lost(delivery, error)
 
     def _should_retire(self, count: int, now: float, took_s: float) -> bool:
         after, over = self._retirement.after_tasks, self._retirement.over_bytes

@@ -290,7 +290,7 @@ class Crew:
         self._server.end()
 
     def abandon(self) -> None:
-        """The fork server died, and its children with it: keep what they finished; the rest is left to ``unfinished``."""
+        """The fork server died, and its children with it: keep what they finished."""
         self.close()
         self.ending = True
         for link in self.links:

@@ -120,13 +120,14 @@ def pack_outcome(seq: int, took_s: float, outcome: Outcome) -> bytes:
     """One record: everything of the outcome but its delivery, which the parent has."""
     (_, action, then, reason), result = outcome
     code = _ACTION_CODES[action]
+    follow_ups: Any = tuple([tuple(each) for each in then]) if then else ()
     try:
         return marshal.dumps(
             (
                 seq,
                 took_s,
                 code,
-                tuple(map(tuple, then)) if then else (),
+                follow_ups,
                 reason,
                 (result[0], _STATE_NAMES[result[1]], result[2], result[3]) if result is not None else None,
             ),

@@ -175,7 +175,8 @@ class Link:
 
     def rest(self) -> list[tuple[int, bytes]]:
         """Everything that a dead child had still sent."""
-        assert self._reader is not None
+        if self._reader is None:
+            return []
         frames = list(self._reader.frames())
         with contextlib.suppress(OSError):
             while self._reader.fill():

@@ -25,8 +25,7 @@ class Pace:
     def note(self, headers: Mapping[str, str], took_s: float) -> None:
         """A run took this long."""
         task = headers.get("task")
-        if took_s > _SAMPLE_MAX_S:
-            took_s = _SAMPLE_MAX_S
+        took_s = min(took_s, _SAMPLE_MAX_S)
         mean_s = self._mean_s.get(task)
         if mean_s is None:
             if len(self._mean_s) >= _NAMES_MAX:

@@ -32,6 +32,8 @@ from dray.plugins._keys import (
 
 _INTERMEDIATES_MAX = 4
 _KNOWN_CHAINS_MAX = 256
+_RSA_BITS_MIN = 2048
+_EC_BITS_MIN = 256
 _PSS = padding.PSS(mgf=padding.MGF1(hashes.SHA256()), salt_length=hashes.SHA256.digest_size)
 _CertificateKey: TypeAlias = rsa.RSAPublicKey | ec.EllipticCurvePublicKey
 
@@ -81,7 +83,7 @@ class Ed25519Keys:
 
 
 class _Signatory(NamedTuple):
-    """The holder of a certificate, and what was found out about its chain."""
+    """The holder of a certificate, and what its chain says of it."""
 
     fingerprint: str
     subject: str
@@ -124,7 +126,12 @@ class CertificateKeys:
         if certificate is not None and private_key is not None:
             chain = _certificates("certificate", certificate)
             self._private = _certificate_private(private_key, chain[0])
-            self._own = _signatory(chain[0], chain)
+            try:
+                self._own = _signatory(chain[0], chain)
+            except ValueError as error:
+                raise bad_option(
+                    "certificate", str(error), "use RSA from 2048 bits up, or ECDSA from P-256 up"
+                ) from error
             self._own_chain = ".".join(to_base64url(each.public_bytes(Encoding.DER)) for each in chain)
             if clock.time() >= self._own.not_after:
                 raise bad_option("certificate", f"expired on {_day(self._own.not_after)}", "renew it")
@@ -236,6 +243,10 @@ def _may_be_client(_: Policy, certificate: x509.Certificate, usage: x509.Extende
 
 
 def _signatory(leaf: x509.Certificate, chain: Sequence[x509.Certificate]) -> _Signatory:
+    for certificate in chain:
+        key_size = getattr(certificate.public_key(), "key_size", 0)
+        if key_size < (_RSA_BITS_MIN if isinstance(certificate.public_key(), rsa.RSAPublicKey) else _EC_BITS_MIN):
+            raise ValueError(f"the key of {certificate.subject.rfc4514_string()!r} is too small ({key_size} bits)")
     key = leaf.public_key()
     if not isinstance(key, _CertificateKey):
         raise ValueError("the certificate's key is neither RSA nor ECDSA")

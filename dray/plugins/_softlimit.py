@@ -12,13 +12,15 @@ import signal
 import threading
 from collections.abc import Callable
 from types import FrameType, FunctionType
-from typing import Any
+from typing import Any, TypeVar
 
 from dray.core.clock import Clock
 from dray.core.errors import SoftTimeLimitExceeded
 
 RETRY_S = 0.001
 """How soon a limit that came at a bad moment is tried again."""
+
+T = TypeVar("T")
 
 _set_async_exception = ctypes.pythonapi.PyThreadState_SetAsyncExc
 _set_async_exception.argtypes = (ctypes.c_ulong, ctypes.py_object)
@@ -39,14 +41,16 @@ class SignalLimit:
         own: tuple[Any, ...] = (SignalLimit.arm, SignalLimit.disarm, *guarded)
         self._guarded = frozenset(each.__code__ for each in own if isinstance(each, FunctionType))
         self._message = ""
+        self._held = False
+        self._previous: Any = None
         self.armed = False
-        self.held = False
-        """True while the pool does something for the task that must not be cut in two (a report)."""
 
     def arm(self, task: str, soft_s: float) -> None:
         """Raise in ``soft_s`` seconds. Takes ``SIGALRM`` over from whoever had it."""
         self._message = f"the soft time limit of {soft_s:g} s of {task} is over"
-        signal.signal(signal.SIGALRM, self._fire)
+        previous = signal.signal(signal.SIGALRM, self._fire)
+        if self._previous is None:
+            self._previous = previous
         self.armed = True
         signal.setitimer(signal.ITIMER_REAL, max(soft_s, RETRY_S))  # 0 would switch it off
 
@@ -54,10 +58,24 @@ class SignalLimit:
         self.armed = False
         signal.setitimer(signal.ITIMER_REAL, 0)
 
+    def shield(self, call: Callable[[T], None], argument: T) -> None:
+        """Do this for the task without being cut in two."""
+        self._held = True
+        try:
+            call(argument)
+        finally:
+            self._held = False
+
+    def close(self) -> None:
+        """Give ``SIGALRM`` back."""
+        if self._previous is not None:
+            signal.signal(signal.SIGALRM, self._previous)
+            self._previous = None
+
     def _fire(self, _signum: int, frame: FrameType | None) -> None:
         if not self.armed:
             return
-        if self.held or (frame is not None and frame.f_code in self._guarded):
+        if self._held or (frame is not None and frame.f_code in self._guarded):
             signal.setitimer(signal.ITIMER_REAL, RETRY_S)
             return
         self.armed = False
@@ -65,7 +83,7 @@ class SignalLimit:
 
 
 class ThreadLimit:
-    """The soft limit of the task that runs on one thread of many; made on that thread.
+    """The soft limit of the task that runs on one thread of many; that thread arms and disarms it.
 
     The lock makes "is it still due?" and "raise it" one step for the timer, and "is over" one step for the thread: once
     :meth:`disarm` has returned, nothing is pending any more. An exception that strikes in the moment before is
@@ -74,19 +92,20 @@ class ThreadLimit:
 
     def __init__(self, alarms: ThreadAlarms) -> None:
         self._alarms = alarms
-        self._ident = threading.get_ident()
+        self._ident = 0
         self._lock = threading.Lock()
         self._turn = 0
         self._fired = False
+        self._held = False
         self.armed = False
-        self.held = False
 
     def arm(self, task: str, soft_s: float) -> None:
         """Raise in ``soft_s`` seconds."""
         del task  # an asynchronous exception carries no text
         with self._lock:
+            self._ident = threading.get_ident()
             self._turn += 1
-            self._fired = False
+            self._fired = self._held = False
             self.armed = True
         self._alarms.add(self, self._turn, soft_s)
 
@@ -100,12 +119,24 @@ class ThreadLimit:
             except SoftTimeLimitExceeded:
                 continue
 
+    def shield(self, call: Callable[[T], None], argument: T) -> None:
+        """Do this for the task without being cut in two."""
+        with self._lock:  # an exception that is pending already is raised when this block is left
+            self._held = True
+        try:
+            call(argument)
+        finally:
+            self._held = False
+
+    def close(self) -> None:
+        """There is nothing to give back."""
+
     def fire(self, turn: int) -> bool:
         """Raise it if it is still due; False: a bad moment, come again. Called by the timer."""
         with self._lock:
             if not self.armed or self._turn != turn or self._fired:
                 return True
-            if self.held:
+            if self._held:
                 return False
             self._fired = True
             _set_async_exception(self._ident, SoftTimeLimitExceeded)
@@ -119,7 +150,7 @@ class ThreadAlarms:
     """
 
     def __init__(self, clock: Clock, name: str) -> None:
-        self._clock = clock
+        self.clock = clock
         self._name = name
         self._lock = threading.Lock()
         self._changed = threading.Event()
@@ -129,7 +160,7 @@ class ThreadAlarms:
         self._closed = False
 
     def add(self, limit: ThreadLimit, turn: int, after_s: float) -> None:
-        due = self._clock.monotonic() + after_s
+        due = self.clock.monotonic() + after_s
         with self._lock:
             if self._closed:
                 return
@@ -155,7 +186,7 @@ class ThreadAlarms:
                 if self._closed:
                     return
                 self._changed.clear()
-                now = self._clock.monotonic()
+                now = self.clock.monotonic()
                 ripe = [(limit, turn) for limit, (due, turn) in self._due.items() if due <= now]
                 for limit, _ in ripe:
                     del self._due[limit]
@@ -164,4 +195,4 @@ class ThreadAlarms:
                 if not limit.fire(turn):
                     self.add(limit, turn, RETRY_S)
             if not ripe:
-                self._clock.wait(self._changed, self._wakes_at - now)
+                self.clock.wait(self._changed, self._wakes_at - now)

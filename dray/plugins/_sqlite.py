@@ -323,16 +323,18 @@ class Database:
 
     # --- forks ---------------------------------------------------------------------------------------------
 
-    def before_fork(self) -> None:
+    def before_fork(self) -> bool:
         """Let running calls end, close all, keep new ones out until the fork is over.
 
         SQLite keeps one record of a file's locks per process. A child that inherits it believes in locks that only
-        its parent holds, and closing there drops the parent's: so there must be nothing to inherit.
+        its parent holds, and takes none itself: so there must be nothing to inherit. False: gave up, after a second.
         """
-        self._gate.acquire()
+        if not self._gate.acquire(timeout=1.0):
+            return False
         self._gate.wait_for(lambda: not self._busy, timeout=1.0)
         while self._idle:
             self._idle.pop().close()
+        return True
 
     def after_fork(self) -> None:
         """The fork is over, on either side."""
@@ -343,8 +345,7 @@ def _guard_forks(database: Database) -> None:
     reference = weakref.ref(database)
 
     def before() -> None:
-        if (live := reference()) is not None:
-            live.before_fork()
+        if (live := reference()) is not None and live.before_fork():
             held.append(live)
 
     def after() -> None:

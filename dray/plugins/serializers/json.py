@@ -13,7 +13,7 @@ from dray.plugins._plain import TAG, check_keys, from_tagged, to_tagged
 
 _WHITESPACE = " \t\n\r"
 _TAG_IN_TEXT = f'"{TAG}":'
-_CONVERTED_KEY = re.compile(r'"[-0-9tfn][-0-9.e+alsru]*":')
+_converted_key = re.compile(r'"[-0-9tfn][-0-9.e+alsru]*":').search
 """How the encoder writes a key that was a number, a boolean or ``None``; a few text keys look so too."""
 
 
@@ -44,7 +44,7 @@ class JsonSerializer(Serializer):
     def dumps(self, value: object) -> bytes:
         try:
             text = self._encode(value)
-            if _TAG_IN_TEXT in text or _CONVERTED_KEY.search(text):
+            if _TAG_IN_TEXT in text or _converted_key(text):
                 check_keys(value)
             return text.encode()
         except EncodeError:

@@ -1,0 +1,1 @@
+"""dray measured: ``python -m benchmarks``. Not part of the wheel."""
