@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from functools import cached_property
 
 from dray.core.clock import Clock
@@ -36,3 +38,16 @@ class TestFilesystemWithFsync(TransportConformance):
 class TestSqlite(TransportConformance):
     def make(self, clock: Clock) -> Transport:
         return SqliteTransport(SqliteTransport.Options(), plugin_context("sqlite", clock, self.tmp_path))
+
+
+def test_the_kit_is_imported_only_when_it_is_used() -> None:
+    script = """
+import sys
+import dray.testing
+dray.testing.FakeClock().advance(1)
+dray.testing.plugin_context("x")
+assert not {"pytest", "hypothesis"} & set(sys.modules)
+dray.testing.TransportConformance
+assert "pytest" in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)

@@ -400,7 +400,11 @@ def test_folders_of_messages_are_removed_when_they_are_empty(
 def test_what_is_old_is_removed(tmp_path: Path, transport: FilesystemTransport, clock: FakeClock) -> None:
     leftover = tmp_path / ".dray/queue/tmp" / f"{int(clock.time() * 1e6):016x}-left"
     leftover.write_bytes(b"half a mess")
+    orphan = (
+        tmp_path / ".dray/queue/queues/q/dead" / f".{int(clock.time() * 1e6):016x}-{Name(9, 1, '0' * 20, 1, '0' * 16)}"
+    )
     consumer = transport.consumer(["q"], 1)
+    orphan.write_bytes(b"why")
 
     def kill(id_: str) -> None:
         transport.send([message(id_)])
@@ -411,6 +415,7 @@ def test_what_is_old_is_removed(tmp_path: Path, transport: FilesystemTransport, 
     clock.advance(31 * 86400)
     kill("new")
     assert [letter.id for letter in transport.dead_list(None, 10)] == ["new"]
+    assert not orphan.exists()
     for _ in range(256):
         transport.bury({}, clock.time())
     assert [path for path in (tmp_path / ".dray/queue/tombstones").rglob("*") if path.is_file()] == []

@@ -13,6 +13,7 @@ import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -374,6 +375,61 @@ def test_the_death_of_the_parent_takes_all_along(tmp_path: Path) -> None:
         parent.kill()
         parent.wait()
         until(lambda: not any(map(is_alive, pids)), "fork server and children are gone")
+
+
+class LoggingExecutor(KitExecutor):
+    """Writes down each run, then does what the body says."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+
+    def perform(self, delivery: Delivery, slot: Slot) -> str:
+        os.write(self.log, f"{delivery.id}\n".encode())
+        return super().perform(delivery, slot)
+
+    def close(self) -> None:
+        super().close()
+        os.close(self.log)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_whatever_happens_each_delivery_ends_once_and_runs_at_most_once(tmp_path: Path, seed: int) -> None:
+    chance = random.Random(seed)
+    executor = LoggingExecutor(tmp_path / "runs")
+    pool = PreforkPool(PreforkOptions(size=3, max_tasks_per_child=150), pool_context("prefork"))
+    harness = PoolHarness(pool, executor)
+    bodies = [b"ok"] * 90 + [b"work 0.001"] * 8 + [b"work 0.02"] * 2
+    deliveries = [make_delivery(f"d{n}", chance.choice(bodies), task=f"t{n % 3}") for n in range(3_000)]
+    taken: list[Delivery] = []
+
+    def enough(wanted: int) -> bool:
+        return len(harness.outcomes) >= wanted
+
+    for at in range(0, 3_000, 50):
+        pool.submit(deliveries[at : at + 50])
+        match chance.randrange(8):
+            case 0:
+                taken += pool.recall()
+            case 1 | 2:
+                victim = chance.choice(deliveries[: at + 50])
+                taken += [victim] if pool.cancel(victim) else []
+            case 3:
+                for task in pool.running()[:1]:
+                    os.kill(task.pid, signal.SIGKILL)
+            case 4:
+                harness.wait(partial(enough, min(len(harness.outcomes) + 20, at - len(taken))), "some progress")
+    harness.wait(partial(enough, 2_900 - len(taken)), "nearly all")
+    taken += pool.stop(PATIENCE_S)
+    harness.close()
+    executor.close()
+    ended = [each.settlement.delivery for each in harness.outcomes]
+    assert sorted(map(id, [*ended, *taken])) == sorted(map(id, deliveries))
+    runs = (tmp_path / "runs").read_text().split()
+    assert len(runs) == len(set(runs))
+    assert {each.id for each in taken}.isdisjoint(runs)
+    finished = {each.settlement.delivery.id for each in harness.outcomes if value_of(each) == "ok"}
+    assert finished <= set(runs)
 
 
 @pytest.mark.parametrize("option", ["size", "max_tasks_per_child", "max_memory_per_child"])

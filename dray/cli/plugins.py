@@ -82,7 +82,9 @@ def _short(abilities: dict[str, Any]) -> str:
             words.append(value)
         elif isinstance(value, int | float) and not isinstance(value, bool) and value > (name == "priorities"):
             amount = "any" if value == math.inf else f"{value:g}"
-            words.append(f"{label.removesuffix(' s')} {amount}{' s' if name.endswith('_s') and value != math.inf else ''}")
+            words.append(
+                f"{label.removesuffix(' s')} {amount}{' s' if name.endswith('_s') and value != math.inf else ''}"
+            )
     return ", ".join(words) or "-"
 
 

@@ -64,4 +64,6 @@ def note_private(transport: Transport) -> None:
     """Say so when there is nothing that another process could see."""
     if not transport.features.shared:
         name = transport.context.name
-        click.echo(f"dray: the transport {name!r} keeps its queues in each process: these are this command's own", err=True)
+        click.echo(
+            f"dray: the transport {name!r} keeps its queues in each process: these are this command's own", err=True
+        )

@@ -131,7 +131,7 @@ class Dray:
         return cls
 
     def hook(self, listener: object) -> None:
-        """Add an object whose methods are marked with ``dray.hookimpl``, before the first use (else ``ConfigError``)."""
+        """Add an object whose methods are marked with ``dray.hookimpl``. Raises ``ConfigError`` after the first use."""
         if "_hooks" in self.__dict__:
             raise ConfigError("the hooks are frozen at the first use; hook() has to come before")
         self._listeners.append(listener)

@@ -11,7 +11,7 @@ from typing import Any
 from dray.core.clock import Clock, Ids
 from dray.core.codec import Codec
 from dray.core.contracts import DeadLetters, ResultBackend, Tombstones, Transport
-from dray.core.errors import ConfigError, NotSupported, PublishUncertain, SendError, Uncertain
+from dray.core.errors import ConfigError, NotSupported, PublishUncertain, SendError, Unavailable, Uncertain
 from dray.core.fallback import Fallback
 from dray.core.faults import Faults
 from dray.core.hooks import Hooks
@@ -53,7 +53,7 @@ class Client:
         self._new_id = ids.new
         self._faults = faults
         self._result_expires_s = result_expires_s
-        self._plain: dict[str, tuple[str, Mapping[str, str], int]] = {}
+        self._plain: dict[Task[..., Any], tuple[str, Mapping[str, str], int]] = {}
 
     def send(
         self, task: Task[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], options: CallOptions
@@ -89,8 +89,9 @@ class Client:
                 self._transport.send(messages)
             except Uncertain as error:
                 raise _uncertain(messages[0].id, error) from error
-            except SendError as error:
-                raise SendError(f"{len(ids)} calls were sent before: {error}", error.unsent) from error
+            except Unavailable as error:
+                unsent = error.unsent if isinstance(error, SendError) else messages
+                raise SendError(f"{len(ids)} calls were sent before: {error}", unsent) from error
             ids.extend([message.id for message in messages])
         return GroupResult(ids, self._results, self)
 
@@ -108,7 +109,10 @@ class Client:
         if gone and self._backend.features.keeps:  # never started and never will: say so at once
             expires_at = now + self._result_expires_s
             self._backend.store(
-                [StoredResult(i, State.REVOKED, self._codec.encode_result(i, None), expires_at) for i in gone]
+                [
+                    StoredResult(i, State.REVOKED, self._codec.encode_result(i, None, State.REVOKED), expires_at)
+                    for i in gone
+                ]
             )
 
     def requeue_dead(self, ids: list[str]) -> list[str]:
@@ -116,6 +120,7 @@ class Client:
         transport = self._transport
         if not isinstance(transport, DeadLetters):
             raise NotSupported(f"the transport {transport.context.name!r} keeps no dead letters of its own")
+        ids = [letter.id for letter in transport.dead_get(ids)]  # of others neither result nor tombstone may go
         if self._backend.features.keeps:
             self._backend.delete(ids)  # a terminal result would win over the new run's
         if isinstance(transport, Tombstones):
@@ -130,22 +135,23 @@ class Client:
         task.bind(args, kwargs)
         if task.check is not None:
             task.check(args, kwargs)
-        plain = self._plain.get(task.name)
+        plain = self._plain.get(task)
         if plain is None:
-            plain = self._plain[task.name] = self._defaults(task)
+            plain = self._plain[task] = self._defaults(task)
         queue, headers, priority = plain
         task_id = options.task_id or self._new_id()
         if options is NO_OPTIONS and task.task_options.expires is None and self._hooks.enqueue is None:
             sealed, body = self._codec.encode_call(
                 headers, queue, task_id, (args, kwargs), task.task_options.compression
             )
-            return Outgoing(queue, task_id, body, sealed, priority)
+            message = Outgoing(queue, task_id, body, sealed, priority)
+            return message if self._fallback.native else self._fallback.outgoing(message)
         return self._with_options(task, (args, kwargs), options, task_id)
 
     def _with_options(
         self, task: Task[..., Any], arguments: tuple[Any, Any], options: CallOptions, task_id: str
     ) -> Outgoing:
-        queue, defaults, priority = self._plain[task.name]
+        queue, defaults, priority = self._plain[task]
         queue = options.queue or queue
         headers, now = dict(defaults), self._clock.time()
         not_before = expires_at = None
@@ -160,6 +166,7 @@ class Client:
             )
         if options.priority is not None:
             priority = options.priority
+            headers.pop("prio", None)
         _put(headers, "eta", not_before)
         _put(headers, "expires", expires_at)
         _put(headers, "prio", priority or None)

@@ -19,7 +19,7 @@ from dray.core import wire
 from dray.core.clock import Clock
 from dray.core.contracts import Compressor, Serializer, Signer
 from dray.core.errors import ContentRefused, DecodeError, SignatureError
-from dray.core.message import Delivery, Outgoing, StoredResult
+from dray.core.message import Delivery, Outgoing, State, StoredResult
 
 VERSION = "1"
 _LISTS = (list, tuple)
@@ -85,6 +85,8 @@ class Codec:
             raise DecodeError(
                 f"envelope version {headers['v'][:20]!r}; this worker understands {VERSION}: upgrade dray"
             )
+        if not delivery.id.isprintable():
+            raise DecodeError(f"task id {delivery.id[:80]!r}: control characters")
         if self.signer is not None:
             self._verify(headers, delivery.queue, delivery.id, delivery.body)
         value: Any = self._decode(headers, delivery.body)
@@ -123,7 +125,7 @@ class Codec:
 
     # --- results -------------------------------------------------------------------------------------------
 
-    def encode_result(self, task_id: str, value: object) -> bytes:
+    def encode_result(self, task_id: str, value: object, state: State = State.SUCCESS) -> bytes:
         """The body of a ``StoredResult``. Raises ``EncodeError``."""
         headers: Mapping[str, str] = {"type": self.type}
         body = self._dumps(value)
@@ -131,7 +133,7 @@ class Codec:
             headers, body = self._compress(headers, body, None)
         if self.signer is not None:
             headers = dict(headers)
-            headers["sig"] = self.signer.sign(_signed_bytes(b"result", headers, "", task_id, body))
+            headers["sig"] = self.signer.sign(_signed_bytes(b"result", headers, state, task_id, body))
         return wire.pack(headers, body)
 
     def decode_result(self, stored: StoredResult) -> Any:
@@ -139,7 +141,7 @@ class Codec:
         headers, body = wire.unpack(stored.body)
         if self.signer is not None:
             unsigned = {key: value for key, value in headers.items() if key != "sig"}
-            self._check_signature(headers, _signed_bytes(b"result", unsigned, "", stored.id, body))
+            self._check_signature(headers, _signed_bytes(b"result", unsigned, stored.state, stored.id, body))
         return self._decode(headers, body)
 
     # --- the layers ----------------------------------------------------------------------------------------

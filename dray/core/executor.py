@@ -23,7 +23,7 @@ from dray.core.errors import (
     TooLarge,
     WorkerLost,
 )
-from dray.core.failure import brief, error_record
+from dray.core.failure import brief, error_record, one_line
 from dray.core.faults import Faults
 from dray.core.hooks import Hooks
 from dray.core.message import Action, Delivery, Outcome, Settlement, State, StoredResult
@@ -334,13 +334,13 @@ class TaskExecutor:
             self._hooks.task_dead(
                 task=name, id=delivery.id, queue=delivery.queue, attempt=attempt_of(delivery), reason=reason
             )
-        log.error("task %s (%s) is dead: %s", delivery.id[:255], name[:200], reason)
+        log.error("task %s (%s) is dead: %s", one_line(delivery.id), one_line(name), reason)
         return Outcome(Settlement(delivery, Action.DEAD, (), reason), result)
 
     def _result(self, task_id: str, state: State, value: Any, keep_s: float) -> StoredResult:
         body = self._none if value is None else None
         if body is None:
-            body = self._codec.encode_result(task_id, value)
+            body = self._codec.encode_result(task_id, value, state)
         return StoredResult(task_id, state, body, self._clock.time() + keep_s)
 
     def _error_result(self, task_id: str, state: State, error: BaseException, keep_s: float) -> StoredResult:

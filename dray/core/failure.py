@@ -39,8 +39,13 @@ def error_record(error: BaseException) -> dict[str, Any]:
 
 def brief(error: BaseException) -> str:
     """One line about an exception: a dead letter's reason."""
-    text = clean(f"{type(error).__name__}: {_message(error)}")
-    return " ".join(text.split())[:REASON_MAX]
+    return one_line(f"{type(error).__name__}: {_message(error)}")
+
+
+def one_line(text: str) -> str:
+    """Text from outside as it may stand in a log: one line, bounded, printable."""
+    line = " ".join(clean(text[: 2 * REASON_MAX]).split())[:REASON_MAX]
+    return line if line.isprintable() else repr(line)[1:-1][:REASON_MAX]
 
 
 def clean(text: str) -> str:

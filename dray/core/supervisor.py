@@ -129,12 +129,11 @@ class Supervisor:
                     child.process.send_signal(signal.SIGTERM)
 
     def _ended(self, child: _Child) -> None:
-        if child.pausing:  # and its pause is over
+        if child.process is None:  # its pause is over; it may have been cut short by a stop
             child.pausing = False
             if not self._signals:
                 self._start(child)
             return
-        assert child.process is not None, "only a process that was started can end"  # noqa: S101
         code, child.process = child.process.returncode, None
         if self._signals or code == EXIT_WARM:
             self._code = max(self._code, code if code >= 0 else EXIT_FAILED)

@@ -71,6 +71,14 @@ class CallOptions:
             limit = getattr(self, name)
             if limit is not None and not (isinstance(limit, (int, float)) and 0 < limit < 1e9):
                 raise ConfigError(f"{name}={limit!r}: a number of seconds over 0")
+        for name in ("countdown", "expires", "result_expires"):
+            time = getattr(self, name)
+            if time is None or type(time) in (int, float) or hasattr(time, "total_seconds"):
+                continue
+            if not (name == "expires" and hasattr(time, "timestamp")):
+                raise ConfigError(f"{name}={time!r}: a number of seconds, or a timedelta")
+        if self.retry is not None and not isinstance(self.retry, Retry):
+            raise ConfigError(f"retry={self.retry!r}: a Retry(...)")
         if self.queue is not None:
             check_name("queue", self.queue)
         if self.task_id is not None:
@@ -213,6 +221,7 @@ class BoundTask(Generic[P, R]):
 
     def options(self, **options: Any) -> BoundTask[P, R]:
         """With more options."""
+        call_options(options)  # for its errors
         return BoundTask(self.task, replace(self.call_options, **options))
 
     def s(self, *args: P.args, **kwargs: P.kwargs) -> Signature:
@@ -255,6 +264,8 @@ def check_user_headers(headers: Mapping[str, str]) -> dict[str, str]:
     for key, value in headers.items():
         if not (isinstance(key, str) and isinstance(value, str) and key.isascii() and key.isprintable()):
             raise EncodeError(f"headers: {key!r}: {value!r}: text to text, keys printable ASCII")
+        if "\0" in value or not value.isascii() and any("\ud800" <= char <= "\udfff" for char in value):
+            raise EncodeError(f"headers: {key!r}: {value!r}: no store can keep NULs and lone surrogates")
     return {f"x-{key}": value for key, value in headers.items()}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import queue
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -186,13 +187,14 @@ class Intake:
 class Worker:
     """Runs the tasks of some queues in one pool until it is told to stop.
 
-    Responsibilities: the three threads (intake, settler, keeper) around steps that do not know them; starting in the
+    Responsibilities: the threads (intake, settler, keeper, orders) around steps that do not know them; starting in the
     order that forks before it threads; stopping so that nothing is lost and nothing runs twice.
     """
 
     def __init__(self, parts: WorkerParts) -> None:
         self._parts = parts
         self._intake = Intake(parts)
+        self._orders: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._stopping = threading.Event()
         self._settled_all = threading.Event()
         self._idle = threading.Event()
@@ -213,32 +215,32 @@ class Worker:
             raise
         threads = [
             threading.Thread(target=self._guard, args=(loop,), name=f"dray-{loop.__name__[1:-5]}", daemon=True)
-            for loop in (self._intake_loop, self._settler_loop, self._keeper_loop)
+            for loop in (self._intake_loop, self._settler_loop, self._keeper_loop, self._orders_loop)
         ]
         for thread in threads:
             thread.start()
         if parts.hooks.worker_started is not None:
             parts.hooks.worker_started(worker=parts.name, queues=list(parts.queues))
         parts.on_ready()
+        patience_s = parts.shutdown_timeout_s
         try:
             parts.pool.run(self._stopping)
         except Exception as error:
             log.critical("the pool failed: %s", error)
-            self._failure = error
-            self.stop()
-        self._shut_down(threads)
+            self._failure, patience_s = error, 0.0
+            self._warm()
+        self._shut_down(threads, patience_s)
         return EXIT_FAILED if self._failure is not None else EXIT_WARM
 
     def stop(self) -> None:
         """Warm stop: take nothing more, give back what has not begun, finish what runs. Any thread, a signal handler too."""
-        self._stopping.set()
-        self._intake.wake()
+        self._orders.put(self._warm)
 
     def stop_cold(self) -> None:
         """End at once: what runs is ended and given back; the process exits with ``EXIT_COLD``. As :meth:`stop`."""
-        threading.Thread(target=self._cold, name="dray-cold-stop", daemon=True).start()
+        self._orders.put(self._cold)
 
-    # --- the three loops -----------------------------------------------------------------------------------
+    # --- the loops -----------------------------------------------------------------------------------------
 
     def _intake_loop(self) -> None:
         pause_s, intake, clock = 0.05, self._intake, self._parts.clock
@@ -284,6 +286,11 @@ class Worker:
             except TransportError as error:
                 log.warning("keeping leases: %s", error)
 
+    def _orders_loop(self) -> None:
+        """Obeys: on its own thread, because a signal handler must take no lock, and a task may hold the main one."""
+        while (order := self._orders.get()) is not None:
+            order()
+
     def _guard(self, loop: Callable[[], None]) -> None:
         """A loop that dies takes the worker down in order: a supervisor starts a new one, leases bring the work back."""
         try:
@@ -291,7 +298,7 @@ class Worker:
         except BaseException as error:
             log.critical("the worker's %s failed", loop.__name__, exc_info=True)
             self._failure = error
-            self.stop()
+            self._warm()
 
     def _check_durability(self) -> None:
         required, features = self._parts.require_durability, self._parts.transport.features
@@ -342,9 +349,9 @@ class Worker:
             self._intake.returned(len(recalled))
             self._parts.settler.give_back(recalled)
 
-    def _shut_down(self, threads: list[threading.Thread]) -> None:
+    def _shut_down(self, threads: list[threading.Thread], patience_s: float) -> None:
         parts = self._parts
-        intake, settler, _ = threads
+        intake, settler, *_ = threads
         if parts.hooks.worker_stopping is not None:
             parts.hooks.worker_stopping(worker=parts.name)
         intake.join(RECEIVE_S + 5)
@@ -354,8 +361,8 @@ class Worker:
         self._idle.clear()  # the last step of the intake may have begun another one since it was set
         if self._intake.held > 0:
             running = parts.pool.running()
-            log.info("stopping: up to %.0f s for %d running tasks", parts.shutdown_timeout_s, len(running))
-            self._idle.wait(parts.shutdown_timeout_s)
+            log.info("stopping: up to %.0f s for %d running tasks", patience_s, len(running))
+            self._idle.wait(patience_s)
         parts.settler.give_back(parts.pool.stop(0))
         self._flush(settler)
         if parts.hooks.worker_stopped is not None:
@@ -370,13 +377,17 @@ class Worker:
         self._settled_all.set()
         settler.wake.set()
         thread.join(FLUSH_S)
+        self._orders.put(None)
         if settler.backlog:
             log.error("%d outcomes could not be settled; their tasks run again when their leases end", settler.backlog)
 
+    def _warm(self) -> None:
+        self._stopping.set()
+        self._intake.wake()
+
     def _cold(self) -> None:
-        """On its own thread, because the main one may be inside a task."""
         parts = self._parts
-        self.stop()
+        self._warm()
         unfinished = parts.pool.stop(0)
         log.warning("cold stop: %d running tasks are given back", len(unfinished))
         parts.settler.give_back(unfinished)

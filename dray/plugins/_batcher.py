@@ -88,8 +88,9 @@ class Batcher:
                 continue
             idle += 1
             if idle > _IDLE_TURNS:
-                self._watched = False
-                self._watch.clear()
+                with self._start:
+                    self._watched = False
+                    self._watch.clear()
                 if not self._held:  # else it was added just before, by someone who saw us awake
                     self._watch.wait()
                 idle = 0

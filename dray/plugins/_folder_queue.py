@@ -290,10 +290,13 @@ class FolderQueue:
         return True
 
     def forget_dead_before(self, time: float) -> None:
+        """Delete old dead letters, and reasons whose letter never came because its process died."""
         limit = f"{microseconds(time):016x}"
-        for entry, _ in self.dead_entries():
-            if entry < limit:
-                self.forget(entry)
+        for entry in os.listdir(self.dead):
+            died, _, name = entry.removeprefix(".").partition("-")
+            if died < limit and Name.parse(name) is not None:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(f"{self.dead}/{entry}")
 
     def _drop_reason(self, entry: str) -> None:
         with contextlib.suppress(FileNotFoundError):

@@ -131,7 +131,7 @@ class Link:
         """It dropped all it had of that generation: the next frames are of a new one."""
         if generation == self._generation:
             self._generation += 1
-            self.ready = True
+            self.ready = self.condemned is None  # one that is about to be killed must not begin anything
 
     # --- the wire
 

@@ -207,8 +207,6 @@ def _detach(parent: int, name: str) -> None:
         prctl(_PR_SET_NAME, name.encode(), 0, 0, 0)
     if os.getppid() != parent:  # it died before we asked
         os._exit(0)
-    if signal.getsignal(signal.SIGCHLD) not in (signal.SIG_DFL, _ignore):
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     signal.set_wakeup_fd(-1)
     for number in signal.valid_signals():
         if callable(signal.getsignal(number)):

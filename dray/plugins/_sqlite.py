@@ -20,7 +20,7 @@ from dray.core.errors import ConfigError, TransportError, Unavailable, Uncertain
 T = TypeVar("T")
 
 MAX_BODY_BYTES = 16 * 2**20
-WORKER_LOG_BYTES = 8 * 2**20
+WORKER_LOG_BYTES = 16 * 2**20
 """Past this size a worker writes the write-ahead log back, long before a sender would have to."""
 _SENDER_LOG_BYTES = 64 * 2**20
 _APPLICATION_ID = 0x64726179  # "dray": tells our files from other programs'
@@ -98,7 +98,7 @@ class Database:
     def __init__(self, path: Path, synchronous: str, busy_timeout_s: float, context: PluginContext) -> None:
         self.path = path
         self.log_limit_bytes = _SENDER_LOG_BYTES
-        """The write-ahead log is written back past this size."""
+        """The write-ahead log is written back past this size, and not let grow past twice this size."""
         self._log = f"{path}-wal"
         self._synchronous = synchronous
         self._busy_timeout_s = busy_timeout_s
@@ -309,17 +309,22 @@ class Database:
                 self._writing_back.release()
 
     def _write_back(self, log_bytes: int) -> None:
-        """Copy the log into the database and empty it: most of it beside other writers, the rest under the lock."""
+        """Copy the log into the database, beside other writers. If none was writing, the next starts the log anew.
+
+        Else it grows; past twice the limit writers are made to wait until it is copied and emptied.
+        """
+        # The file keeps its length when the log starts anew, so the next time is when it grew some more.
+        self._log_patience_bytes = log_bytes + self.log_limit_bytes // 4
         with self._connection() as connection:
             try:
-                connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
-                connection.execute("PRAGMA busy_timeout=20")
-                busy = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
-                connection.execute("PRAGMA busy_timeout=0")
-            except sqlite3.Error as error:  # the transaction before this is safe in the log
+                connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+                if log_bytes > 2 * self.log_limit_bytes:
+                    connection.execute("PRAGMA busy_timeout=20")
+                    if not connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]:
+                        self._log_patience_bytes = 0
+                    connection.execute("PRAGMA busy_timeout=0")
+            except sqlite3.Error as error:  # what was committed is safe in the log
                 self._logger.warning("%s: the write-ahead log could not be written back: %s", self.path, error)
-                busy = 1
-        self._log_patience_bytes = log_bytes + log_bytes // 4 if busy else 0
 
     # --- forks ---------------------------------------------------------------------------------------------
 

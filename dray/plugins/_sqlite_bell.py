@@ -10,7 +10,7 @@ import sqlite3
 import threading
 import time
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 from dray.core.errors import Unavailable
@@ -108,22 +108,19 @@ def take_waiters(connection: sqlite3.Connection, keys: Sequence[str]) -> set[str
     return bells
 
 
-def ring(database: Path, bells: set[str]) -> None:
+def ring(database: Path, names: set[str]) -> None:
     """Ring these; those of the dead are removed."""
-    for name in bells:
-        answers(database, name, _RING)
+    for name in names:
+        if answers(database, name, _RING) is False:
+            remove(database, name)
 
 
 def answers(database: Path, name: str, say: bytes = b"") -> bool | None:
     """Is the owner of this bell alive? False: certainly dead; None: unknown. ``say`` is written into it."""
-    path = _bell_folder(database) / name
     try:
-        fd = os.open(path, os.O_WRONLY | os.O_NONBLOCK)
+        fd = os.open(_bell_folder(database) / name, os.O_WRONLY | os.O_NONBLOCK)
     except OSError as error:
-        if error.errno != errno.ENXIO:  # gone, or another user's: nothing is known of its owner
-            return None
-        path.unlink(missing_ok=True)
-        return False
+        return False if error.errno == errno.ENXIO else None  # nobody reads; gone, or another user's
     try:
         if say:
             os.write(fd, say)
@@ -134,9 +131,14 @@ def answers(database: Path, name: str, say: bytes = b"") -> bool | None:
     return True
 
 
-def sweep_bells(database: Path) -> None:
-    """Remove the bells of killed processes; young ones may not have been opened yet."""
+def remove(database: Path, name: str) -> None:
+    (_bell_folder(database) / name).unlink(missing_ok=True)
+
+
+def sweep_bells(database: Path, keep: Collection[str]) -> None:
+    """Remove the bells of killed processes, but for ``keep``; young ones may not have been opened yet."""
     with contextlib.suppress(OSError):
         for entry in os.scandir(_bell_folder(database)):
-            if time.time() - entry.stat().st_mtime > 60:
-                answers(database, entry.name)
+            old = time.time() - entry.stat().st_mtime > 60
+            if old and entry.name not in keep and answers(database, entry.name) is False:
+                remove(database, entry.name)

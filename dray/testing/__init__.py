@@ -11,18 +11,32 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dray.testing.backends import ResultBackendConformance
     from dray.testing.clock import FakeClock
+    from dray.testing.compressors import CompressorConformance
     from dray.testing.harness import plugin_context
+    from dray.testing.pools import PoolConformance
+    from dray.testing.serializers import SerializerConformance
     from dray.testing.transports import TransportConformance
 
-__all__ = ["FakeClock", "ResultBackendConformance", "TransportConformance", "plugin_context"]
+__all__ = [
+    "CompressorConformance",
+    "FakeClock",
+    "PoolConformance",
+    "ResultBackendConformance",
+    "SerializerConformance",
+    "TransportConformance",
+    "plugin_context",
+]
 
 _HOMES = {
+    "CompressorConformance": "dray.testing.compressors",
     "FakeClock": "dray.testing.clock",
-    "plugin_context": "dray.testing.harness",
+    "PoolConformance": "dray.testing.pools",
     "ResultBackendConformance": "dray.testing.backends",
+    "SerializerConformance": "dray.testing.serializers",
     "TransportConformance": "dray.testing.transports",
+    "plugin_context": "dray.testing.harness",
 }
-_KIT = ("harness", "backends", "transports", "transport_delivery", "transport_abilities")
+_TESTS = ("backends", "compressors", "pools", "serializers", "transports", "transport_delivery", "transport_abilities")
 
 
 def __getattr__(name: str) -> Any:
@@ -32,5 +46,5 @@ def __getattr__(name: str) -> Any:
         import pytest
 
         # Failing assertions of the kit then show their values, as those of a test module do.
-        pytest.register_assert_rewrite(*(f"{__name__}.{module}" for module in _KIT))
+        pytest.register_assert_rewrite(*(f"{__name__}.{module}" for module in _TESTS))
     return getattr(importlib.import_module(_HOMES[name]), name)

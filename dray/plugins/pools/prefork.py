@@ -171,6 +171,20 @@ class PreforkPool(Pool):
 
     def _work(self) -> None:
         crew = self._started()
+        try:
+            self._serve(crew)
+        except Exception as error:
+            self.context.logger.exception("pool %s failed", self.context.name)
+            with self._lock:
+                self._fail(f"pool {self.context.name} failed: {type(error).__name__}: {error}; restart the worker")
+
+    def _fail(self, why: str) -> None:
+        """It cannot go on: ``run`` raises this, ``stop`` returns the work."""
+        self._failure = DrayError(why)
+        self._over = True
+        self._quiet.notify_all()
+
+    def _serve(self, crew: Crew) -> None:
         ticked_at = 0.0
         while not self._over:
             events = self._selector.select(self._rest(crew))
@@ -209,7 +223,7 @@ class PreforkPool(Pool):
         except EOFError:
             self._over = True
             if not crew.ending:
-                self._failure = DrayError(
+                self._fail(
                     f"the fork server of pool {self.context.name} (pid {self._server.pid}) died, and its children "
                     "with it; restart the worker"
                 )

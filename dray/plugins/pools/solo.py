@@ -57,7 +57,8 @@ class SoloPool(Pool):
     def submit(self, deliveries: Sequence[Delivery]) -> None:
         if self._batcher is None or self._stopping:
             raise DrayError(f"pool {self.context.name} is not running: start() it first, and submit before stop()")
-        self._pending.extend(deliveries)
+        with self._lock:
+            self._pending.extend(deliveries)
         if self._idle:
             self._wake.set()
 

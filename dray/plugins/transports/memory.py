@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from queue import Empty, SimpleQueue
 
 from dray.core.contracts import Consumer, Durability, PluginContext, Seconds, Transport, TransportFeatures
-from dray.core.errors import TooLarge, Unavailable
+from dray.core.errors import ConfigError, TooLarge, Unavailable
 from dray.core.message import Action, DeadLetter, Delivery, Outgoing, QueueStats, Settlement
 from dray.plugins._memory import LEVELS, Lease, MemoryStore, Queue
 
@@ -50,6 +50,8 @@ class MemoryTransport(Transport):
 
     def __init__(self, options: MemoryOptions, context: PluginContext, store: MemoryStore | None = None) -> None:
         super().__init__(options, context)
+        if options.lease <= 0:
+            raise ConfigError(f"memory: lease must be more than 0 seconds, not {options.lease:g}")
         self.features = replace(self.features, lease_s=options.lease)
         self.store = store or MemoryStore()
         self._closed = False

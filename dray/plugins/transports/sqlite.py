@@ -204,7 +204,9 @@ class SqliteTransport(Transport):
         self.declare(queues)
         with self._owner_lock:
             if self._owner is None:
-                bells.sweep_bells(self.database.path)
+                # Those of dead owners stay: they prove the death, and recover() still has to see it.
+                owners = self.database.read(lambda db: db.execute("SELECT bell FROM owner").fetchall())
+                bells.sweep_bells(self.database.path, {row[0] for row in owners})
                 self._owner = self._register()
         return SqliteConsumer(self, tuple(dict.fromkeys(queues)), bells.Bell(self.database.path))
 
@@ -260,6 +262,8 @@ class SqliteTransport(Transport):
 
         if dead:
             self.database.write(work)
+            for _, bell in dead:
+                bells.remove(self.database.path, bell)
         return bool(dead)
 
     # --- what lies in the queues, dead letters, tombstones -------------------------------------------------
