@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import signal
+import threading
+from collections.abc import Sequence
+
 from dray.core.contracts import NoOptions, Pool
+from dray.core.message import Delivery, Outcome
 from dray.plugins.pools.prefork import PreforkOptions, PreforkPool
 from dray.plugins.pools.solo import SoloPool
 from dray.plugins.pools.threads import ThreadsOptions, ThreadsPool
-from dray.testing.pools import PoolConformance, pool_context
+from dray.testing.pool_kit import KitExecutor, make_deliveries, make_delivery, pool_context, value_of
+from dray.testing.pools import PoolConformance
 
 
 class TestPreforkPool(PoolConformance):
@@ -22,3 +28,48 @@ class TestThreadsPool(PoolConformance):
 class TestSoloPool(PoolConformance):
     def make(self, capacity: int) -> Pool:
         return SoloPool(NoOptions(), pool_context("solo"))
+
+
+class TestSoloOnTheMainThread:
+    """Where it belongs; the suite runs it on a thread of its own."""
+
+    def run(self, *deliveries: Delivery) -> list[str]:
+        """Run these here, and return their values."""
+        pool, executor, stopping = SoloPool(NoOptions(), pool_context("solo")), KitExecutor(), threading.Event()
+        outcomes: list[Outcome] = []
+
+        def done(batch: Sequence[Outcome]) -> None:
+            outcomes.extend(batch)
+            if len(outcomes) == len(deliveries):
+                stopping.set()
+
+        pool.start(executor, done, lambda _: None)
+        submitter = threading.Thread(target=pool.submit, args=(deliveries,))
+        submitter.start()
+        pool.run(stopping)
+        submitter.join()
+        assert pool.stop(1.0) == []
+        executor.close()
+        assert [each.settlement.delivery for each in outcomes] == list(deliveries)
+        return [value_of(each) for each in outcomes]
+
+    def test_it_runs_there(self) -> None:
+        assert self.run(*make_deliveries(1_000)) == ["ok"] * 1_000
+
+    def test_a_soft_limit_interrupts_a_blocking_call(self) -> None:
+        previous = signal.getsignal(signal.SIGALRM)
+        values = self.run(make_delivery("a", b"gate", soft="0.05"), make_delivery("b"))
+        assert values == ["SoftTimeLimitExceeded: the soft time limit of 0.05 s of kit is over", "ok"]
+        assert signal.getsignal(signal.SIGALRM) == previous
+
+    def test_a_soft_limit_never_strikes_outside_its_task(self) -> None:
+        close = [
+            make_delivery(f"d{n}", f"work {0.0018 + n % 9 * 0.00005:.6f}".encode(), soft="0.002") for n in range(300)
+        ]
+        values = self.run(*close)
+        assert all(value == "ok" or value.startswith("SoftTimeLimitExceeded:") for value in values)
+        assert len(set(values)) == 2
+
+    def test_a_soft_limit_spares_reports(self) -> None:
+        values = self.run(*[make_delivery(f"r{n}", b"report 3000", soft="0.001") for n in range(20)])
+        assert set(values) <= {"ok", "SoftTimeLimitExceeded: the soft time limit of 0.001 s of kit is over"}

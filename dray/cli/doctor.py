@@ -134,7 +134,7 @@ def _backend(app: Dray) -> str:
         return "none are kept: result.get() raises NoResults; 'backend: sqlite' (or another) keeps them"
     began = time.perf_counter()
     try:
-        body = app.codec.encode_result(task_id, State.SUCCESS, {"doctor": 1})
+        body = app.codec.encode_result(task_id, {"doctor": 1})
         backend.store([StoredResult(task_id, State.SUCCESS, body, app.clock.time() + KEEP_S)])
         stored = backend.fetch([task_id]).get(task_id)
         if stored is None:

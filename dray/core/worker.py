@@ -22,7 +22,7 @@ from dray.core.settler import NOTHING_TO_DO, Settler
 
 log = logging.getLogger(__name__)
 RECEIVE_S = 5.0
-BACKLOG_MAX = 4000
+BACKLOG_MAX = 2000
 FLUSH_S = 10.0
 EXIT_WARM, EXIT_FAILED, EXIT_COLD = 0, 1, 3
 """Exit codes: stopped in order; the worker itself failed; stopped cold, running tasks were given back."""

@@ -198,7 +198,7 @@ class PreforkPool(Pool):
                     crew.take(link, frames)
                 if any(key.fileobj is self._server for key, _ in events):
                     self._hear(crew, now)
-                if now - ticked_at >= TICK_S / 5:
+                if now >= self._wakes_at or now - ticked_at >= TICK_S / 5:
                     crew.tick(now)
                     ticked_at = now
                 crew.dispatch()

@@ -1,0 +1,13 @@
+"""A task whose arguments and value are checked."""
+
+from __future__ import annotations
+
+from datetime import date
+from typing import Annotated
+
+from pydantic import Field
+
+
+def total(days: list[date]) -> Annotated[int, Field(ge=1)]:
+    """The days between the first and the last."""
+    return (max(days) - min(days)).days if days else 0
