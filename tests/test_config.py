@@ -121,11 +121,11 @@ def test_dray_config_names_another_file(write: Write) -> None:
 
 
 def test_code_wins_over_the_environment_and_that_over_the_file(write: Write) -> None:
-    folder = write("name: file\nresult_expires: 1h\npublish_timeout: 1s\n")
+    folder = write("name: file\nresult_expires: 1h\nresult_store_timeout: 1s\n")
     environ = {"DRAY_RESULT_EXPIRES": "2h", "DRAY_PUBLISH_TIMEOUT": "2", "HOME": "x", "DRAY_LOG_LEVEL": "x"}
-    found = load({"publish_timeout": 3}, environ=environ, cwd=folder)
-    assert (found.name, found.result_expires, found.publish_timeout) == ("file", 7200.0, 3.0)
-    assert [found.origin(name) for name in ("name", "result_expires", "publish_timeout", "imports")] == [
+    found = load({"result_store_timeout": 3}, environ=environ, cwd=folder)
+    assert (found.name, found.result_expires, found.result_store_timeout) == ("file", 7200.0, 3.0)
+    assert [found.origin(name) for name in ("name", "result_expires", "result_store_timeout", "imports")] == [
         "dray.yaml:1", "environment DRAY_RESULT_EXPIRES", "code", "default",
     ]  # fmt: skip
 
@@ -334,7 +334,7 @@ def test_references_to_the_environment(write: Write) -> None:
     folder = write("""
         name: "a-${NAME}-${OTHER:-b}"
         message_max: ${MAX:-8KiB}
-        publish_timeout: ${WAIT}
+        result_store_timeout: ${WAIT}
         tasks: {track_started: "${YES}"}
         imports: ${IMPORTS}
     """)
@@ -342,7 +342,7 @@ def test_references_to_the_environment(write: Write) -> None:
     with pytest.raises(ConfigError, match="track_started: expected true or false, got 'yes'"):
         load(environ=environ, cwd=folder)
     found = load({"tasks": {"track_started": True}}, environ=environ, cwd=folder)
-    assert (found.name, found.message_max, found.publish_timeout) == ("a-5-b", 8192, 7.0)
+    assert (found.name, found.message_max, found.result_store_timeout) == ("a-5-b", 8192, 7.0)
     assert found.imports == ("a", "b")
 
 
@@ -493,4 +493,4 @@ def test_the_schema_explains_each_setting(validator: Any) -> None:
     properties = validator.schema["properties"]
     assert set(properties) == set(config.settings())
     assert all(shape["description"] for shape in properties.values())
-    assert properties["publish_timeout"]["default"] == 10.0
+    assert properties["result_store_timeout"]["default"] == 60.0

@@ -163,8 +163,6 @@ class Config:
     """How long results are kept."""
     result_store_timeout: Seconds = 60.0
     """How long a failing result back end is tried before the messages are given back."""
-    publish_timeout: Seconds = 10.0
-    """How long a call waits for the transport's confirmation."""
     unknown_task_wait: Seconds = 600.0
     """How long a message of an unknown task waits for a worker that knows it."""
     message_max: Size = 64 * 1024 * 1024
