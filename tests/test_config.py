@@ -122,7 +122,7 @@ def test_dray_config_names_another_file(write: Write) -> None:
 
 def test_code_wins_over_the_environment_and_that_over_the_file(write: Write) -> None:
     folder = write("name: file\nresult_expires: 1h\nresult_store_timeout: 1s\n")
-    environ = {"DRAY_RESULT_EXPIRES": "2h", "DRAY_PUBLISH_TIMEOUT": "2", "HOME": "x", "DRAY_LOG_LEVEL": "x"}
+    environ = {"DRAY_RESULT_EXPIRES": "2h", "DRAY_RESULT_STORE_TIMEOUT": "2", "HOME": "x", "DRAY_LOG_LEVEL": "x"}
     found = load({"result_store_timeout": 3}, environ=environ, cwd=folder)
     assert (found.name, found.result_expires, found.result_store_timeout) == ("file", 7200.0, 3.0)
     assert [found.origin(name) for name in ("name", "result_expires", "result_store_timeout", "imports")] == [

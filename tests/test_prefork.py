@@ -9,6 +9,7 @@ import os
 import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -23,7 +24,10 @@ import pytest
 from dray.core.contracts import Slot
 from dray.core.errors import ConfigError, DrayError
 from dray.core.message import Action, Delivery, Outcome, Outgoing, Settlement, State, StoredResult
+from dray.plugins._prefork_child import ChildLoop, Retirement
 from dray.plugins._prefork_crew import describe_exit
+from dray.plugins._prefork_frames import DRY, OUTCOMES, READY, TOKENS, FrameReader, frame, pack_items, records
+from dray.plugins._prefork_memory import SlotMemory, shared_memory
 from dray.plugins._prefork_server import _COORDINATED
 from dray.plugins.pools.prefork import PreforkOptions, PreforkPool
 from dray.testing.pool_kit import (
@@ -249,6 +253,44 @@ def test_headers_that_are_no_plain_dict(start) -> None:
     harness = start(1)
     delivery = make_delivery("a")._replace(headers=Headers(task="kit"))
     assert harness.run(delivery) == ["ok"]
+
+
+def test_a_child_without_tokens_begins_nothing_and_drops_the_whole_generation() -> None:
+    here, there = socket.socketpair()
+    token_read, token_write = os.pipe()
+    executor = KitExecutor()
+    memory = SlotMemory(shared_memory(1), 0)
+    loop = ChildLoop(there, token_read, memory, executor, time.monotonic, Retirement(None, None))
+    statuses: list[int] = []
+    child = threading.Thread(target=lambda: statuses.append(loop.run()))
+    child.start()
+    reader = FrameReader(here)
+    heard: list[tuple[int, bytes]] = []
+
+    def next_frame() -> tuple[int, bytes]:
+        while not heard:
+            assert reader.fill()
+            heard.extend(reader.frames())
+        return heard.pop(0)
+
+    def send(generation: int, *numbers: int) -> None:
+        here.sendall(frame(generation, pack_items([(n, make_delivery(f"d{n}")) for n in numbers])))
+
+    assert next_frame()[0] == READY
+    send(0, 1, 2)
+    assert next_frame() == (DRY, bytes(8))
+    send(0, 3)  # was on its way when its token was taken back
+    os.write(token_write, TOKENS[4])
+    send(1, 4)
+    kind, payload = next_frame()
+    assert kind == OUTCOMES
+    assert [record[0] for record in records(payload)] == [4]
+    here.shutdown(socket.SHUT_RDWR)
+    child.join(PATIENCE_S)
+    assert statuses == [0]
+    here.close()
+    os.close(token_write)
+    executor.close()
 
 
 # --- who waits for whom

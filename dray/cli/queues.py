@@ -40,7 +40,7 @@ def queues_command(json_: bool, target: str | None, config: str | None) -> None:
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @app_options
 def purge_command(queue: str, yes: bool, target: str | None, config: str | None) -> None:
-    """Delete all that waits in QUEUE, ready and delayed; not what workers hold, nor the dead letters."""
+    """Delete all that waits in a queue: what is ready or delayed, not what workers hold, nor the dead letters."""
     with find_app(target, config, tasks=target is not None) as app:
         transport = inspectable(app.transport)
         known = transport.queues()

@@ -10,8 +10,9 @@ from dray.core.contracts import Pool, Transport
 from dray.core.errors import ConfigError
 from dray.core.executor import Settings, TaskExecutor
 from dray.core.fallback import Fallback
+from dray.core.parts import WorkerParts
 from dray.core.settler import Settler
-from dray.core.worker import Worker, WorkerParts
+from dray.core.worker import Worker
 
 if TYPE_CHECKING:
     from dray.core.app import Dray

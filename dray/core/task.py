@@ -279,7 +279,13 @@ def task_name(fn: Callable[..., Any]) -> str:
         main = sys.modules["__main__"]
         spec = getattr(main, "__spec__", None)
         file = getattr(main, "__file__", None)
-        module = spec.name.removesuffix(".__main__") if spec is not None else os.path.splitext(os.path.basename(file))[0] if file else module
+        module = (
+            spec.name.removesuffix(".__main__")
+            if spec is not None
+            else os.path.splitext(os.path.basename(file))[0]
+            if file
+            else module
+        )
     if "<lambda>" in fn.__qualname__:
         raise ConfigError("a lambda has no name to be found by; define a function, or pass name='...'")
     return f"{module}.{fn.__qualname__}".replace(".<locals>", "")

@@ -1,4 +1,4 @@
-"""One worker: demand -> receive -> submit; and its life: start, warm stop, cold stop."""
+"""One worker's life: the threads around its steps, start, warm stop, cold stop."""
 
 from __future__ import annotations
 
@@ -6,182 +6,19 @@ import logging
 import os
 import queue
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 
-from dray.core.clock import Clock, Random
-from dray.core.contracts import Consumer, Durability, Pool, ResultBackend, Tombstones, Transport
-from dray.core.demand import Demand
-from dray.core.errors import CodecError, ConfigError, TransportError
-from dray.core.executor import TaskExecutor, attempt_of
-from dray.core.fallback import Fallback
-from dray.core.faults import Faults
-from dray.core.hooks import Hooks
-from dray.core.message import Delivery, Outcome, StoredResult
-from dray.core.settler import NOTHING_TO_DO, Settler
+from dray.core.errors import ConfigError, TransportError
+from dray.core.intake import RECEIVE_S, Intake
+from dray.core.keeper import Keeper
+from dray.core.message import Outcome, StoredResult
+from dray.core.parts import WorkerParts
+from dray.core.settler import NOTHING_TO_DO
 
 log = logging.getLogger(__name__)
-RECEIVE_S = 5.0
-BACKLOG_MAX = 2000
 FLUSH_S = 10.0
 EXIT_WARM, EXIT_FAILED, EXIT_COLD = 0, 1, 3
 """Exit codes: stopped in order; the worker itself failed; stopped cold, running tasks were given back."""
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerParts:
-    """What a worker is made of."""
-
-    name: str
-    queues: Sequence[str]
-    transport: Transport
-    backend: ResultBackend
-    pool: Pool
-    executor: TaskExecutor
-    settler: Settler
-    fallback: Fallback
-    hooks: Hooks
-    clock: Clock
-    random: Random
-    faults: Faults | None
-    shutdown_timeout_s: float
-    max_deliveries: Mapping[str, int] = field(default_factory=dict)
-    max_deliveries_default: int = 5
-    require_durability: Durability | None = None
-    on_ready: Callable[[], None] = lambda: None
-    """Called on the main thread once connections are open and tasks are taken."""
-
-
-class Intake:
-    """Takes messages in: asks for as many as are wanted, sorts out what must not run, hands the rest to the pool.
-
-    ``step`` makes one attempt; owned by one thread. ``done`` may be called from any.
-    """
-
-    def __init__(self, parts: WorkerParts) -> None:
-        self._parts = parts
-        self._demand = Demand(parts.pool.capacity)
-        self._lock = threading.Lock()
-        self._target = parts.pool.capacity
-        self._submitted = 0
-        self._done = 0
-        self._returned = 0
-        self._consumer: Consumer | None = None
-        self.room = threading.Event()
-        """Set when something was done: there may be room for more."""
-
-    def step(self) -> bool:
-        """Receive and submit once; False when there is no room: wait for :attr:`room`. Raises ``TransportError``."""
-        parts = self._parts
-        self._target = self._demand.target(self._done, parts.clock.monotonic())
-        wanted = self._demand.wanted(self.held, self._target)
-        if wanted <= 0 or parts.settler.backlog > BACKLOG_MAX:
-            return False
-        if self._consumer is None:
-            self._consumer = parts.transport.consumer(parts.queues, wanted)
-        deliveries = self._consumer.receive(wanted, RECEIVE_S)
-        if deliveries:
-            if parts.faults is not None:
-                parts.faults.hit("received")
-            parts.settler.track(deliveries)
-            try:
-                runnable = self._admit(deliveries)
-            except BaseException:
-                parts.settler.give_back(deliveries)  # else their leases would be kept, and nobody would run them
-                raise
-            with self._lock:
-                self._submitted += len(runnable)
-            parts.pool.submit(runnable)
-            if parts.faults is not None:
-                parts.faults.hit("handed_over")
-        return True
-
-    def _admit(self, deliveries: list[Delivery]) -> list[Delivery]:
-        """Those that may run; the others are settled without the pool."""
-        parts, refused = self._parts, list[Outcome]()
-        marks: Mapping[str, str] = {}
-        if isinstance(parts.transport, Tombstones):
-            marks = parts.transport.buried([delivery.id for delivery in deliveries])
-        runnable = []
-        for delivery in deliveries:
-            limit = parts.max_deliveries.get(delivery.queue, parts.max_deliveries_default)
-            outcome = None
-            if delivery.id in marks:
-                outcome = self._buried(delivery, marks[delivery.id])
-            elif delivery.delivery_count > limit:
-                outcome = parts.executor.undeliverable(
-                    delivery,
-                    f"handed out {delivery.delivery_count} times, max_deliveries is {limit}: its workers were lost",
-                )
-            elif not parts.fallback.native:
-                outcome = self._early(delivery)
-            if outcome is None:
-                runnable.append(delivery)
-            else:
-                refused.append(outcome)
-        if parts.hooks.task_received is not None:
-            for delivery in runnable:
-                parts.hooks.task_received(
-                    task=delivery.headers.get("task", ""),
-                    id=delivery.id,
-                    queue=delivery.queue,
-                    attempt=attempt_of(delivery),
-                    delivery_count=delivery.delivery_count,
-                )
-        if refused:
-            parts.settler.collect(refused)
-        return runnable
-
-    def _buried(self, delivery: Delivery, mark: str) -> Outcome:
-        if mark == "ended":
-            log.warning("task %s has ended before: this copy is not run", delivery.id)
-            return self._parts.executor.replayed(delivery)
-        if mark == "dead":  # a replay, or its worker was lost before the dead letter was written
-            return self._parts.executor.undeliverable(delivery, "it has ended among the dead letters before")
-        return self._parts.executor.revoked(delivery)
-
-    def _early(self, delivery: Delivery) -> Outcome | None:
-        try:
-            settlement = self._parts.fallback.early(delivery)
-        except CodecError:
-            return None  # the executor refuses it with a reason
-        return None if settlement is None else Outcome(settlement, None)
-
-    def done(self, count: int) -> None:
-        """The pool ended this many."""
-        with self._lock:
-            self._done += count
-        self.room.set()
-
-    def returned(self, count: int) -> None:
-        """The pool gave this many back: they say nothing about its speed."""
-        with self._lock:
-            self._returned += count
-        self.room.set()
-
-    @property
-    def held(self) -> int:
-        """Deliveries that the pool has."""
-        return self._submitted - self._done - self._returned
-
-    def surplus(self) -> int:
-        """How many are held beyond what the measured rate justifies: others could run them."""
-        return self.held - 2 * self._target
-
-    def wake(self) -> None:
-        """Make a blocked ``step`` return. Any thread, a signal handler included."""
-        self.room.set()
-        if self._consumer is not None:
-            self._consumer.wake()
-
-    def disconnect(self) -> None:
-        """Let go of the consumer; the next ``step`` opens another."""
-        consumer, self._consumer = self._consumer, None
-        if consumer is not None:
-            try:
-                consumer.close()
-            except TransportError as error:
-                log.debug("closing the consumer: %s", error)
 
 
 class Worker:
@@ -194,12 +31,12 @@ class Worker:
     def __init__(self, parts: WorkerParts) -> None:
         self._parts = parts
         self._intake = Intake(parts)
+        self._keeper = Keeper(parts, self._intake)
         self._orders: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._stopping = threading.Event()
         self._settled_all = threading.Event()
         self._idle = threading.Event()
         self._failure: BaseException | None = None
-        self._recalling = threading.Lock()
 
     def run(self) -> int:
         """Work until :meth:`stop`; on the main thread, so that solo tasks and signals are there. Returns an exit code."""
@@ -268,21 +105,9 @@ class Worker:
                 self._parts.clock.wait(self._settled_all, pause_s)
 
     def _keeper_loop(self) -> None:
-        """Leases, revocations and surplus. Runs no user code and never waits for any."""
-        parts, clock = self._parts, self._parts.clock
-        lease_s = parts.transport.features.lease_s
-        renew_s = lease_s / 3 if lease_s is not None else float("inf")
-        renewed, crowded = clock.monotonic(), 0
-        while not clock.wait(self._settled_all, min(1.0, renew_s)):
+        while not self._parts.clock.wait(self._settled_all, self._keeper.pause_s):
             try:
-                if clock.monotonic() - renewed >= renew_s:
-                    renewed = clock.monotonic()
-                    self._renew()
-                self._revoke()
-                crowded = crowded + 1 if self._intake.surplus() > 0 else 0
-                if crowded >= 2 and not self._stopping.is_set():
-                    self._recall()
-                    crowded = 0
+                self._keeper.step()
             except TransportError as error:
                 log.warning("keeping leases: %s", error)
 
@@ -319,43 +144,13 @@ class Worker:
     def _report(self, results: Sequence[StoredResult]) -> None:
         self._parts.settler.report(results)
 
-    def _renew(self) -> None:
-        lost = self._parts.settler.renew()
-        for delivery in lost:
-            log.warning("the lease of task %s was lost: another worker may run it", delivery.id)
-            if self._parts.pool.cancel(delivery):
-                self._intake.returned(1)
-
-    def _revoke(self) -> None:
-        parts = self._parts
-        if not isinstance(parts.transport, Tombstones):
-            return
-        held = parts.settler.in_flight()
-        marks = parts.transport.buried([delivery.id for delivery in held]) if held else {}
-        for delivery in held:
-            mark = marks.get(delivery.id)
-            if mark in ("revoked", "terminate"):
-                if parts.pool.cancel(delivery):
-                    self._intake.returned(1)
-                    parts.settler.collect([parts.executor.revoked(delivery)])
-                elif mark == "terminate":
-                    parts.pool.cancel(delivery, kill=True)
-
-    def _recall(self) -> None:
-        with self._recalling:
-            recalled = self._parts.pool.recall()
-        if recalled:
-            log.debug("%d tasks that have not begun are given back", len(recalled))
-            self._intake.returned(len(recalled))
-            self._parts.settler.give_back(recalled)
-
     def _shut_down(self, threads: list[threading.Thread], patience_s: float) -> None:
         parts = self._parts
         intake, settler, *_ = threads
         if parts.hooks.worker_stopping is not None:
             parts.hooks.worker_stopping(worker=parts.name)
         intake.join(RECEIVE_S + 5)
-        self._recall()
+        self._keeper.recall()
         if parts.faults is not None:
             parts.faults.hit("draining")
         self._idle.clear()  # the last step of the intake may have begun another one since it was set
