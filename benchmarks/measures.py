@@ -134,10 +134,10 @@ def start_up(scale: float) -> Figures:
 
 @measure
 def memory_use(scale: float) -> Figures:
-    """Proportional memory of a worker (prefork 2) with its whole tree: idle, after 50,000 tasks, and its growth from there.
+    """Proportional memory of a worker (prefork 2) with its tree: idle, after 50,000 tasks, and its growth from there.
 
-    The first tasks touch pages that parent and children shared until then, and fill SQLite's cache; what grows after that
-    would be a leak.
+    The first tasks touch pages that parent and children shared until then, and fill SQLite's cache; what grows
+    after that would be a leak.
     """
     warm_up, count = max(2_000, int(50_000 * scale)), max(5_000, int(500_000 * scale))
     with Bench() as bench, bench.worker("--pool", "prefork", "--size", "2") as worker:
@@ -223,6 +223,6 @@ print(calls)
 
 @measure
 def frames(_: float) -> Figures:
-    """Own Python calls per enqueue (the frames between ``delay()`` and ``send`` are counted by tests/test_worker.py)."""
+    """Own Python calls per enqueue (tests/test_worker.py counts the frames on the way)."""
     calls = int(subprocess.check_output([sys.executable, "-c", COUNTING]))
     return {"calls_per_enqueue": calls, "reach": 40}

@@ -1,4 +1,4 @@
-"""Promises G4 and G8 with a real prefork worker: whatever a task or a message does, the worker lives and serves the next."""
+"""Promises G4 and G8 with a real prefork worker: whatever comes, the worker lives and serves the next."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ transport: sqlite
 backend: sqlite
 accept: [json, msgpack]
 """
-HOSTILE = '''
+HOSTILE = """
 import ctypes, sys
 
 @app.task
@@ -55,7 +55,7 @@ def deep():
     value = []
     for _ in range(100_000): value = [value]
     return value
-'''
+"""
 ENDS = {
     "exits": "WorkerLost: poison",
     "segfaults": "WorkerLost: poison",
@@ -124,7 +124,9 @@ def test_hostile_tasks_and_messages_end_with_a_reason_and_the_next_is_served(pro
         assert worker.poll() is None
         assert "task bad" in project.log() and "\nb) is dead" not in project.log(), "a name cannot forge a log line"
         dead = json.loads(
-            project.python("print(__import__('json').dumps({d.id: d.reason for d in app.transport.dead_list(None, 1000)}))")
+            project.python(
+                "import json; print(json.dumps({d.id: d.reason for d in app.transport.dead_list(None, 1000)}))"
+            )
         )
         for name, reason in ENDS.items():
             assert dead[ids[name]].startswith(reason), (name, dead[ids[name]])
@@ -145,6 +147,7 @@ def test_an_unknown_task_waits_for_a_deploy(tmp_path: Path) -> None:
     task_id = project.python("print(app.send_task('tasks.later', [4]).id)")
     with project.worker("--pool", "threads"):
         project.until(lambda: "it waits" in project.log(), "the unknown task to be met")
-    (tmp_path / "tasks.py").write_text((tmp_path / "tasks.py").read_text() + "\n@app.task\ndef later(n): return n + 1\n")
+    with open(tmp_path / "tasks.py", "a") as file:
+        file.write("\n@app.task\ndef later(n): return n + 1\n")
     with project.worker("--pool", "threads"):
         assert project.python(f"print(app.result({task_id!r}).get(20))") == "5"

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dray.cli.apps import find_app
+from dray.cli.apps import app_options, find_app
 from dray.cli.output import as_json
 from dray.cli.params import OBJECT, SECONDS, NumbersCommand, json_or_text
 from dray.cli.result import show_end
@@ -18,8 +18,7 @@ if TYPE_CHECKING:
 
 @click.command("call", cls=NumbersCommand)
 @click.argument("words", nargs=-1, required=True, metavar="[MODULE:APP] TASK [ARG]...")
-@click.option("-A", "--app", "target", metavar="MODULE:APP", help="The application, if not the first argument.")
-@click.option("--config", metavar="FILE", help="The configuration: a YAML file, or a module's name.")
+@app_options
 @click.option("--kwargs", type=OBJECT, help="Keyword arguments, as a JSON object.")
 @click.option("--queue", help="The queue, instead of the task's own.")
 @click.option("--priority", type=click.IntRange(0, 9), help="0 to 9, higher first.")

@@ -9,10 +9,10 @@ import signal
 import subprocess
 import sysconfig
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -21,9 +21,14 @@ from dray.cli.demo_tasks import survey
 from dray.cli.local import LocalWorker, caller, folder
 from dray.cli.output import as_json, progress, table
 from dray.cli.params import COUNT
+from dray.core.errors import ResultTimeout
+from dray.core.result import GroupResult
 
-PATIENCE_S = 60.0
-"""Without any result for so long, something is wrong."""
+if TYPE_CHECKING:
+    from dray.core.app import Dray
+
+LOOK_S, PATIENCE_S = 2.0, 60.0
+"""How often the worker is looked after; without any result for so long, something is wrong."""
 TARGET = "dray.cli.demo_tasks:app"
 SKIPPED = ("site-packages", "dist-packages")
 
@@ -127,7 +132,7 @@ def _run(files: list[str], size: int, *, kill: bool, say: Callable[[str], object
         say(f"{len(files):,} tasks queued in {send_s:.2f} s ({len(files) / send_s:,.0f}/s)")
         with progress() as bar:
             line = bar.add_task("parsing", total=len(files))
-            for done, (_, value) in enumerate(group.as_completed(PATIENCE_S * 10), 1):
+            for done, value in enumerate(_as_completed(app, group.ids, worker), 1):
                 bar.update(line, completed=done)
                 if isinstance(value, BaseException):
                     failed.append(f"{type(value).__name__}: {value}")
@@ -141,6 +146,23 @@ def _run(files: list[str], size: int, *, kill: bool, say: Callable[[str], object
                         )
         run_s = time.perf_counter() - began
     return Run(totals, len(files) - totals.files - len(failed), failed, send_s, run_s, killed)
+
+
+def _as_completed(app: Dray, ids: list[str], worker: LocalWorker) -> Iterator[Any]:
+    """The value or the exception of each task as it ends. Raises ``Failure`` when the worker is gone or stuck."""
+    left, connections, silent_s = dict.fromkeys(ids), app.connect(), 0.0
+    while left:
+        group: GroupResult[Any] = GroupResult(list(left), connections.results, connections.client)
+        try:
+            for key, value in group.as_completed(LOOK_S):
+                del left[key]
+                silent_s = 0.0
+                yield value
+        except ResultTimeout:
+            worker.check()
+            silent_s += LOOK_S
+            if silent_s > PATIENCE_S:
+                raise Failure(f"no task has ended for {PATIENCE_S:.0f} s; the worker says:\n{worker.log()}") from None
 
 
 def _plain(files: Iterable[str]) -> Totals:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from dray.cli import Failure
 from dray.core.app import Dray
+from dray.core.supervisor import LIFELINE
 
 CONFIG = """\
 transport: {transport}
@@ -44,7 +45,7 @@ def caller(folder: Path) -> Dray:
 
 
 class LocalWorker:
-    """A ``dray worker`` process over a folder of :func:`folder`: a context manager."""
+    """A ``dray worker`` process over a folder of :func:`folder`: a context manager. It ends when we do, however we do."""
 
     def __init__(self, folder: Path, target: str) -> None:
         self._command = [sys.executable, "-m", "dray", "worker", target, "--config", str(folder / "dray.yaml")]
@@ -70,10 +71,18 @@ class LocalWorker:
         return "\n".join(self._log.read_text(errors="replace").splitlines()[-LOG_LINES:])
 
     def __enter__(self) -> LocalWorker:
+        reader, self._lifeline = os.pipe()
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(  # noqa: S603  (our own command line)
-                self._command, cwd=self._folder, stderr=log, stdout=log, start_new_session=True
+                self._command,
+                cwd=self._folder,
+                env={**os.environ, LIFELINE: str(reader)},
+                pass_fds=(reader,),
+                stderr=log,
+                stdout=log,
+                start_new_session=True,
             )
+        os.close(reader)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -86,3 +95,4 @@ class LocalWorker:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+        os.close(self._lifeline)

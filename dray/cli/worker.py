@@ -6,12 +6,12 @@ import dataclasses
 import logging
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import click
 
-from dray.cli.apps import find_app
+from dray.cli.apps import app_options, find_app
 from dray.cli.params import COUNT, names
 from dray.core import plugins
 from dray.core.config import Config, PluginChoice, WorkerConfig, load
@@ -62,8 +62,7 @@ class Overrides:
 
 @click.command("worker")
 @click.argument("words", nargs=-1, metavar="[MODULE:APP] [NAME]...")
-@click.option("-A", "--app", "target", metavar="MODULE:APP", help="The application, if not the first argument.")
-@click.option("--config", metavar="FILE", help="The configuration: a YAML file, or a module's name.")
+@app_options
 @click.option("--pool", metavar="NAME", help="What runs the tasks, instead of the configuration's choice.")
 @click.option("--size", type=COUNT, help="How many tasks run at a time.")
 @click.option("--queues", metavar="A,B", help="Which queues to take from, the preferred one first.")
@@ -95,7 +94,7 @@ def worker_command(
     """
     logging.basicConfig(level=log_level.upper(), format=LOG_FORMAT, stream=sys.stderr)
     overrides = Overrides(pool, size, names(queues))
-    prepared = _prepare(config, pool)
+    prepared = _prepare(config, words, pool)
     chosen = list(words)
     if chosen and target is None and (":" in chosen[0] or chosen[0] not in prepared.config.workers):
         target = chosen.pop(0)
@@ -127,14 +126,15 @@ class Prepared:
     pools: frozenset[str]
 
 
-def _prepare(config: str | None, pool: str | None) -> Prepared:
-    """Pools that patch the standard library do so now, before the application is imported."""
+def _prepare(config: str | None, words: Sequence[str], pool: str | None) -> Prepared:
+    """A pool that patches the standard library does so now, before the application is imported."""
     early = load(source=config)
-    wanted = {pool} if pool is not None else {entry.pool.use for entry in early.workers.values()}
-    if len(wanted) == 1:
-        _pool_class(next(iter(wanted))).prepare()
-        return Prepared(early, frozenset(wanted))
-    return Prepared(early, frozenset())
+    entries = [early.workers[word] for word in words if word in early.workers] or list(early.workers.values())
+    wanted = {pool} if pool is not None else {entry.pool.use for entry in entries}
+    if len(wanted) > 1:  # each in a process of its own, which comes by here again
+        return Prepared(early, frozenset())
+    _pool_class(next(iter(wanted))).prepare()
+    return Prepared(early, frozenset(wanted))
 
 
 def _pool_class(name: str) -> type[Pool]:
@@ -166,6 +166,8 @@ def _run(app: Dray, entry: WorkerConfig, prepared: Prepared) -> int:
 
     worker = app.worker(entry, ready)
     click.echo(_banner(app, entry, worker), err=True)
+    if not len(app.registry):
+        log.warning("no tasks are registered: is the module that defines them listed under 'imports'?")
     return run_with_signals(worker)
 
 

@@ -86,7 +86,7 @@ class Dray:
         self._opened: Connections | None = None
 
     def forked(self) -> None:
-        """In a new child: the parent's connections are left alone, not even closed; our own are made at the next use."""
+        """In a new child: the parent's connections are left alone, not even closed; ours are made when needed."""
         if self._connections is not None:
             self._abandoned.append(self._connections)
         self._reset()
@@ -191,8 +191,8 @@ class Dray:
                 transport, backend = self._plugin("transport"), self._plugin("backend")
                 if self._abandoned and not transport.features.shared:
                     raise NotSupported(
-                        f"the transport {transport.context.name!r} lives in the parent process, a child cannot send through "
-                        "it; use another transport, or a pool without processes (threads, solo)"
+                        f"the transport {transport.context.name!r} lives in the parent process, a child cannot send "
+                        "through it; use another transport, or a pool without processes (threads, solo)"
                     )
                 self._connections = self._client(transport, backend)
             return self._connections

@@ -80,8 +80,8 @@ def _check(config: Config, tasks: list[Task[..., Any]], transport: Transport, po
         if what == "kill" and not pool.features.kill:
             able = _able("pools", "kill")
             raise ConfigError(
-                f"{task} has {option}, which the pool {pool.context.name!r} cannot enforce: it cannot end a running task; "
-                f"pools that can: {able}; or use soft_time_limit"
+                f"{task} has {option}, which the pool {pool.context.name!r} cannot enforce: it ends no running task. "
+                f"Pools that can: {able}; or use soft_time_limit"
             )
         if what == "interrupt" and not pool.features.interrupt:
             raise ConfigError(
@@ -90,8 +90,8 @@ def _check(config: Config, tasks: list[Task[..., Any]], transport: Transport, po
             )
         if what == "delay" and transport.features.max_delay_s <= 0:
             raise ConfigError(
-                f"{task} has {option}, and the transport {transport.context.name!r} cannot delay messages; transports that "
-                f"can: {_able('transports', 'max_delay_s')}"
+                f"{task} has {option}, and the transport {transport.context.name!r} cannot delay messages; those "
+                f"that can: {_able('transports', 'max_delay_s')}"
             )
 
 

@@ -45,7 +45,7 @@ class Ids(Protocol):
 
 
 class TimeOrderedIds:
-    """32 hex digits: 48 bits of milliseconds, 80 random bits (the layout of UUIDv7, RFC 9562, without its version bits).
+    """32 hex digits: 48 bits of milliseconds, 80 random bits (UUIDv7's layout, RFC 9562, without its version bits).
 
     They sort by time, so that a store's index on them grows at one end, and they cannot be guessed.
     """

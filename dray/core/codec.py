@@ -97,7 +97,7 @@ class Codec:
         raise DecodeError("the body is not [list of arguments, mapping of keyword arguments]")
 
     def seal(self, headers: Mapping[str, str], queue: str, task_id: str, body: bytes) -> Mapping[str, str]:
-        """``headers`` with issue time and signature when signing is on; anything that changes a header calls it again."""
+        """``headers`` with issue time and signature when signing is on; whatever changes a header calls it again."""
         if self.signer is None:
             return headers
         fresh = {**headers, "issued": repr(self._clock.time())}

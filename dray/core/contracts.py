@@ -174,7 +174,7 @@ class Consumer(ABC):
 
     @abstractmethod
     def receive(self, limit: int, timeout_s: float) -> list[Delivery]:
-        """0 to ``limit`` deliveries, as soon as there is one; never waits to fill. ``[]`` after ``timeout_s`` or a wake.
+        """0 to ``limit`` deliveries as soon as there is one, never waiting to fill; ``[]`` after ``timeout_s`` or a wake.
 
         ``timeout_s`` 0 polls. Higher priority first, then oldest first, as far as the features say. The delivery count
         is taken (durably) before it returns. Expired leases are handed out again. Raises ``Unavailable`` when the link
@@ -242,7 +242,8 @@ class Tombstones(Protocol):
     def bury(self, marks: Mapping[str, str], expires_at: float) -> set[str]:
         """Remember each id with its mark (short text) until ``expires_at``, and remove waiting messages of that id.
 
-        Returns the ids of which a waiting message (never handed out, or given back) was removed.
+        Returns the ids of which a waiting message (never handed out, or given back) was removed: best effort
+        while others send and receive.
         """
         ...
 
@@ -336,7 +337,11 @@ class Barrier(Protocol):
     """A result back end that can tell when the last of a group has arrived. Any thread."""
 
     def arrive(self, group: str, member: str, size: int) -> bool:
-        """Note that ``member`` of ``group`` arrived; True exactly once, for the last *distinct* member of ``size``."""
+        """Note that ``member`` of ``group`` arrived; True for the last *distinct* member of ``size``, and for no other.
+
+        True again when that same member arrives again: its worker may have died before it could act on the answer, and
+        what it does then has a deterministic id.
+        """
         ...
 
 
@@ -362,7 +367,7 @@ class Serializer(Plugin, ABC):
 
 
 class Signer(Plugin, ABC):
-    """Chosen where a serializer is named (``serializer: {use: signed, inner: json, ...}``); signs what the codec hands it."""
+    """Chosen where a serializer is named (``serializer: {use: signed, inner: json, ...}``); signs."""
 
     inner: str
     """The name of the serializer that makes the bytes."""
@@ -371,7 +376,7 @@ class Signer(Plugin, ABC):
 
     @abstractmethod
     def sign(self, data: bytes) -> str:
-        """The value of the signature header (ASCII) for ``data``. Any thread."""
+        """The value of the signature header (ASCII) for ``data``. Raises ``EncodeError`` without a key to sign with."""
 
     @abstractmethod
     def verify(self, data: bytes, signature: str) -> None:
@@ -389,7 +394,7 @@ class Compressor(Plugin, ABC):
 
     @abstractmethod
     def decompress(self, data: bytes, max_bytes: int) -> bytes:
-        """Raises ``DecodeError`` for bad or truncated input, trailing bytes, and when more than ``max_bytes`` come out."""
+        """Raises ``DecodeError`` for bad or cut input, for trailing bytes, and past ``max_bytes`` of output."""
 
 
 # --- pools -------------------------------------------------------------------------------------------------
@@ -419,7 +424,7 @@ class Executor(Protocol):
         ...
 
     def lost(self, delivery: Delivery, error: Exception) -> Outcome:
-        """The outcome for a delivery whose slot died (``WorkerLost``) or was killed (``TimeLimitExceeded``, ``TaskRevoked``)."""
+        """The outcome of a delivery whose slot died (``WorkerLost``) or was killed (``TimeLimitExceeded``, ``TaskRevoked``)."""
         ...
 
     def forked(self) -> None:
@@ -477,8 +482,11 @@ class Pool(Plugin, ABC):
 
     @abstractmethod
     def cancel(self, delivery: Delivery, *, kill: bool = False) -> bool:
-        """Take back one that has not begun (True); one that runs is ended if ``kill`` and the pool can: its outcome comes
-        through ``done`` as ``executor.lost(delivery, TaskRevoked(...))``, and the answer is True. Any thread."""
+        """Take back one that has not begun: True, and no ``done`` follows. Any thread.
+
+        One that runs is ended if ``kill`` and the pool can: True, and its outcome comes through ``done`` as
+        ``executor.lost(delivery, TaskRevoked(...))``. To know which it was, ask without ``kill`` first.
+        """
 
     def run(self, stopping: threading.Event) -> None:
         """Called on the process's main thread while the worker works; returns soon after ``stopping`` is set.

@@ -30,5 +30,5 @@ class Demand:
         return self.capacity + min(int(self._rate * self._window_s), self._limit)
 
     def wanted(self, held: int, target: int) -> int:
-        """How many to ask for now; 0 while enough is there: below half, so that each request is worth its round trip."""
+        """How many to ask for now; 0 while half the target is there, so that each request is worth its round trip."""
         return target - held if held < self.capacity or held <= target // 2 else 0

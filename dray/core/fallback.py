@@ -45,7 +45,7 @@ class Fallback:
             if message.not_before > longest:
                 if features.max_delay_s <= 0:
                     raise NotSupported(
-                        f"the transport {self._transport!r} cannot delay messages: no countdown, eta or retry with a delay"
+                        f"the transport {self._transport!r} cannot delay: no countdown, eta or retry with a delay"
                     )
                 message = message._replace(not_before=longest)
         if message.priority >= features.priorities:

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
 
 from dray.core.errors import NoResults, ResultTimeout, TaskRevoked
-from dray.core.message import TERMINAL, State, StoredResult
 from dray.core.failure import SafeErrors
+from dray.core.message import TERMINAL, State, StoredResult
 
 if TYPE_CHECKING:
     from dray.core.clock import Clock

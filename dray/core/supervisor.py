@@ -89,7 +89,7 @@ class Supervisor:
         self._lifeline = os.pipe()
 
     def run(self) -> int:
-        """Start all, wait until all have ended; on the main thread. Returns the exit code: the worst of the children's."""
+        """Start all, wait until all have ended; on the main thread. Returns the worst of their exit codes."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda number, _: self._events.put(number))
         for child in self._children:

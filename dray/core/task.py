@@ -264,7 +264,7 @@ def check_user_headers(headers: Mapping[str, str]) -> dict[str, str]:
     for key, value in headers.items():
         if not (isinstance(key, str) and isinstance(value, str) and key.isascii() and key.isprintable()):
             raise EncodeError(f"headers: {key!r}: {value!r}: text to text, keys printable ASCII")
-        if "\0" in value or not value.isascii() and any("\ud800" <= char <= "\udfff" for char in value):
+        if "\0" in value or (not value.isascii() and any("\ud800" <= char <= "\udfff" for char in value)):
             raise EncodeError(f"headers: {key!r}: {value!r}: no store can keep NULs and lone surrogates")
     return {f"x-{key}": value for key, value in headers.items()}
 

@@ -18,7 +18,7 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 def validators(
     name: str, fn: Callable[..., Any], signature: inspect.Signature
 ) -> tuple[Callable[[tuple[Any, ...], Mapping[str, Any]], Arguments], Callable[[Any], Any]]:
-    """Two functions: arguments -> converted arguments (``InvalidArguments``), return value -> the same (``TaskError``)."""
+    """Two functions: arguments -> converted ones (``InvalidArguments``), return value -> converted (``TaskError``)."""
     try:
         from pydantic import ConfigDict, TypeAdapter, ValidationError
     except ImportError as error:

@@ -39,7 +39,7 @@ class Worker:
         self._failure: BaseException | None = None
 
     def run(self) -> int:
-        """Work until :meth:`stop`; on the main thread, so that solo tasks and signals are there. Returns an exit code."""
+        """Work until :meth:`stop`; on the main thread, for solo tasks and signals. Returns an exit code."""
         parts = self._parts
         parts.pool.start(parts.executor, self._done, self._report)
         try:
@@ -70,7 +70,7 @@ class Worker:
         return EXIT_FAILED if self._failure is not None else EXIT_WARM
 
     def stop(self) -> None:
-        """Warm stop: take nothing more, give back what has not begun, finish what runs. Any thread, a signal handler too."""
+        """Warm stop: take nothing more, give back what has not begun, finish what runs. Any thread or handler."""
         self._orders.put(self._warm)
 
     def stop_cold(self) -> None:
@@ -117,7 +117,7 @@ class Worker:
             order()
 
     def _guard(self, loop: Callable[[], None]) -> None:
-        """A loop that dies takes the worker down in order: a supervisor starts a new one, leases bring the work back."""
+        """A loop that dies takes the worker down in order: a supervisor starts another, leases bring the work back."""
         try:
             loop()
         except BaseException as error:
@@ -129,8 +129,8 @@ class Worker:
         required, features = self._parts.require_durability, self._parts.transport.features
         if required is not None and features.durability < required:
             raise ConfigError(
-                f"require_durability is {required.name}, and the transport {self._parts.transport.context.name!r} keeps "
-                f"{features.durability.name} as it is set up here"
+                f"require_durability is {required.name}, and the transport {self._parts.transport.context.name!r} "
+                f"keeps {features.durability.name} as it is set up here"
             )
 
     # --- pieces --------------------------------------------------------------------------------------------
