@@ -185,8 +185,11 @@ def test_a_mistake_gets_a_clear_error(dray: Dray, tmp_path: Path, words: list[st
     assert "Traceback" not in result.stderr
 
 
-def test_debug_shows_the_traceback(dray: Dray) -> None:
-    result = dray("--debug", "call", "shop:app", "ad")
+@pytest.mark.parametrize("by", ["option", "environment"])
+def test_debug_shows_the_traceback(dray: Dray, monkeypatch: pytest.MonkeyPatch, by: str) -> None:
+    if by == "environment":
+        monkeypatch.setenv("DRAY_DEBUG", "1")
+    result = dray(*(["--debug"] if by == "option" else []), "call", "shop:app", "ad")
     assert result.exit_code == 2
     assert "Traceback" in result.stderr
     assert "UnknownTask" in result.stderr

@@ -72,10 +72,8 @@ def start(tmp_path: Path) -> Iterator[Start]:
 @pytest.fixture
 def caller(tmp_path: Path) -> Iterator[Dray]:
     """Sends tasks to the worker by their names."""
-    with Dray(
-        config={"transport": {"use": "sqlite", "path": str(tmp_path / ".dray/dray.db")}, "backend": "sqlite"}
-    ) as app:
-        app.configure(backend={"use": "sqlite", "path": str(tmp_path / ".dray/dray.db")})
+    place = {"use": "sqlite", "path": str(tmp_path / ".dray" / "dray.db")}
+    with Dray(config={"transport": place, "backend": place}) as app:
         yield app
 
 
@@ -154,7 +152,9 @@ def test_one_of_several_is_chosen_by_name(start: Start, caller: Dray, tmp_path: 
 def test_a_mistake_in_one_of_several_ends_them_all(start: Start, tmp_path: Path) -> None:
     (tmp_path / "dray.yaml").write_text(YAML.replace("pool: solo}\n", "pool: solo, sise: 2}\n", 1))
     assert start().wait(PATIENCE_S) == 2
-    assert "did you mean 'size'?" in (tmp_path / "log0").read_text() or "sise" in (tmp_path / "log0").read_text()
+    log = wait_for(lambda: (tmp_path / "log0").read_text())
+    assert "dray.yaml:4: workers.first.sise: unknown key" in log
+    assert "not started again" in log
 
 
 def test_a_transport_that_is_not_there_is_exit_code_1(start: Start, tmp_path: Path) -> None:
@@ -163,3 +163,26 @@ def test_a_transport_that_is_not_there_is_exit_code_1(start: Start, tmp_path: Pa
     log = (tmp_path / "log0").read_text()
     assert "/proc/no/such" in log
     assert "Traceback" not in log
+
+
+@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
+def test_the_workers_end_with_their_supervisor(start: Start, caller: Dray, tmp_path: Path, end: signal.Signals) -> None:
+    (tmp_path / "dray.yaml").write_text(YAML)
+    supervisor = start()
+    for queue in ("first", "second"):
+        caller.send_task("shop.pid", queue=queue).get(PATIENCE_S)
+    lines = [line for line in (tmp_path / "log0").read_text().splitlines() if "INFO" in line and ": pid " in line]
+    pids = [int(line.rpartition("pid ")[2]) for line in lines]
+    assert len(pids) == 2
+    supervisor.send_signal(end)
+    supervisor.wait(PATIENCE_S)
+    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids))
+
+
+def test_a_worker_without_tasks_says_so(start: Start, tmp_path: Path) -> None:
+    (tmp_path / "bare.py").write_text("from dray import Dray\napp = Dray()\n")
+    worker = start("bare:app", "--pool", "solo")
+    wait_for(lambda: "no tasks are registered" in (tmp_path / "log0").read_text())
+    wait_for(lambda: "is ready" in (tmp_path / "log0").read_text())
+    worker.terminate()
+    assert worker.wait(PATIENCE_S) == 0

@@ -95,3 +95,12 @@ def test_the_environment_does_not_change_the_demo(sources: Path, monkeypatch: py
     monkeypatch.setenv("DRAY_TRANSPORT", "memory")
     assert run("demo", str(sources), "--no-kill", "--json").exit_code == 0
     assert os.environ["DRAY_TRANSPORT"] == "memory"
+
+
+def test_a_worker_that_dies_is_told(sources: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "TARGET", "dray.cli.demo_tasks:absent")
+    monkeypatch.setattr(demo, "LOOK_S", 0.2)
+    result = run("demo", str(sources))
+    assert result.exit_code == 1
+    assert "the worker ended with code 2" in result.stderr
+    assert "has no 'absent'" in result.stderr

@@ -45,7 +45,7 @@ def caller(folder: Path) -> Dray:
 
 
 class LocalWorker:
-    """A ``dray worker`` process over a folder of :func:`folder`: a context manager. It ends when we do, however we do."""
+    """A ``dray worker`` process over a folder of :func:`folder`: a context manager. It never outlives this process."""
 
     def __init__(self, folder: Path, target: str) -> None:
         self._command = [sys.executable, "-m", "dray", "worker", target, "--config", str(folder / "dray.yaml")]

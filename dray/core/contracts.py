@@ -174,7 +174,7 @@ class Consumer(ABC):
 
     @abstractmethod
     def receive(self, limit: int, timeout_s: float) -> list[Delivery]:
-        """0 to ``limit`` deliveries as soon as there is one, never waiting to fill; ``[]`` after ``timeout_s`` or a wake.
+        """0 to ``limit`` deliveries as soon as there is one; ``[]`` after ``timeout_s`` or a wake. Never waits to fill.
 
         ``timeout_s`` 0 polls. Higher priority first, then oldest first, as far as the features say. The delivery count
         is taken (durably) before it returns. Expired leases are handed out again. Raises ``Unavailable`` when the link
@@ -424,7 +424,10 @@ class Executor(Protocol):
         ...
 
     def lost(self, delivery: Delivery, error: Exception) -> Outcome:
-        """The outcome of a delivery whose slot died (``WorkerLost``) or was killed (``TimeLimitExceeded``, ``TaskRevoked``)."""
+        """The outcome when the slot died (``WorkerLost``) or was killed (``TimeLimitExceeded``, ``TaskRevoked``).
+
+        Quick, never raises: called under the pool's lock.
+        """
         ...
 
     def forked(self) -> None:

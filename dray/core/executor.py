@@ -18,6 +18,7 @@ from dray.core.errors import (
     DecodeError,
     InvalidArguments,
     InvalidName,
+    SoftTimeLimitExceeded,
     TaskExpired,
     TaskRevoked,
     TooLarge,
@@ -291,6 +292,8 @@ class TaskExecutor:
         return Outcome(Settlement(delivery, Action.ACK), result)
 
     def _raised(self, delivery: Delivery, call: _Call, error: BaseException) -> Outcome:
+        if isinstance(error, SoftTimeLimitExceeded) and not error.args:  # raised into a thread, which gives it no text
+            error.args = (f"the soft time limit of {call.soft_s:g} s of {call.task.name} is over",)
         try:
             hopeless = isinstance(error, (CodecError, TooLarge))  # the same value would come out again
             delay_s = None if hopeless else retry.decide(call.policy, call.retries, error, self._random)
