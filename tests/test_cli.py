@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from dray.cli import COMMANDS, cli
-from dray.core.message import Action, Settlement
+from dray.cli import COMMANDS, cli, dead
+from dray.core.message import Action, DeadLetter, Outgoing, Settlement
 
 TASKS = """\
 from dray import Dray
@@ -373,9 +373,23 @@ def test_all_dead_letters_at_once(dray: Dray, which: list[str]) -> None:
     assert output(dray("dead", "list", "--json")) == []
 
 
-def test_dead_letters_that_cannot_be_read_are_shown(dray: Dray) -> None:
-    from dray.core.message import Outgoing
+def test_paging_takes_each_dead_letter_once_even_if_it_dies_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dead, "PAGE", 2)
+    letters = [str(number) for number in range(7)]
 
+    class Keeper:
+        def dead_list(self, queue: str | None, limit: int) -> list[DeadLetter]:
+            return [DeadLetter(key, "q", b"", {}, "", 0.0, 1) for key in letters[:limit]]
+
+    taken = []
+    for page in dead._pages(Keeper(), None):  # type: ignore[arg-type]
+        taken += page
+        again = [key for key in page if key in "024"]  # requeued, and died again: now the newest
+        letters[:] = [*again, *(key for key in letters if key not in page)]
+    assert sorted(taken) == [str(number) for number in range(7)]
+
+
+def test_dead_letters_that_cannot_be_read_are_shown(dray: Dray) -> None:
     task_id = call(dray, "shop.add", "1", "2")
     app = sys.modules["shop"].app
     app.revoke(task_id)

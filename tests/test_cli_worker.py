@@ -152,7 +152,7 @@ def test_one_of_several_is_chosen_by_name(start: Start, caller: Dray, tmp_path: 
 def test_a_mistake_in_one_of_several_ends_them_all(start: Start, tmp_path: Path) -> None:
     (tmp_path / "dray.yaml").write_text(YAML.replace("pool: solo}\n", "pool: solo, sise: 2}\n", 1))
     assert start().wait(PATIENCE_S) == 2
-    log = wait_for(lambda: (tmp_path / "log0").read_text())
+    log = wait_for((tmp_path / "log0").read_text)
     assert "dray.yaml:4: workers.first.sise: unknown key" in log
     assert "not started again" in log
 

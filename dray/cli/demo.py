@@ -142,9 +142,11 @@ def _run(files: list[str], size: int, *, kill: bool, say: Callable[[str], object
                     killed = _kill_child(value["pid"], worker.pid)
                     if killed:
                         bar.console.print(
-                            f"half-way: killed child {killed} with SIGKILL on purpose; its task runs again"
+                            f"half-way: killed child {killed} with SIGKILL on purpose; what it ran runs again"
                         )
         run_s = time.perf_counter() - began
+        if kill and killed is None:
+            say("no child was there to be killed")
     return Run(totals, len(files) - totals.files - len(failed), failed, send_s, run_s, killed)
 
 

@@ -5,17 +5,23 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from dray.core.errors import ConfigError
 from dray.core.options import parse_seconds
 
+if TYPE_CHECKING:
+    _FloatType = click.ParamType[float]
+    _ObjectType = click.ParamType[dict[str, Any]]
+else:  # click's older releases know no type parameters
+    _FloatType = _ObjectType = click.ParamType
+
 NEGATIVE = re.compile(r"-(\d|\.\d)")
 
 
-class SecondsType(click.ParamType[float]):
+class SecondsType(_FloatType):
     """``30``, ``500ms``, ``5m``, ``1h30m``: seconds."""
 
     name = "time"
@@ -27,7 +33,7 @@ class SecondsType(click.ParamType[float]):
             self.fail(str(error), param, ctx)
 
 
-class ObjectType(click.ParamType[dict[str, Any]]):
+class ObjectType(_ObjectType):
     """A JSON object."""
 
     name = "json"

@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import math
-import random
 from enum import Enum
-from pathlib import Path
 from typing import Any
 
 import click
 
 from dray.cli.output import as_json, table
 from dray.core import plugins
-from dray.core.clock import SystemClock
-from dray.core.contracts import PluginContext
-from dray.core.errors import DrayError
-from dray.core.plugins import PluginChoice, PluginInfo
+from dray.core.plugins import PluginInfo
 
 EXPECTED = {"safe": "UNSAFE: only if 'accept' names it", "shared": "within one process"}
 """Abilities that are worth a word when they are missing."""
@@ -44,16 +38,10 @@ def plugins_command(kinds: tuple[str, ...], json_: bool) -> None:
 
 
 def features(info: PluginInfo) -> dict[str, Any]:
-    """What a plugin declares, by name; of an instance with default options where its class alone does not say."""
+    """What a plugin's class declares, by name; its options may refine it."""
     if info.error is not None:
         return {}
     declared = info.features
-    if declared is None:
-        context = PluginContext(info.name, logging.getLogger(__name__), SystemClock(), random.Random(), Path.cwd())
-        try:
-            declared = getattr(plugins.make(info.kind, PluginChoice(info.name), lambda _: context), "features", None)
-        except DrayError:  # it has options that must be given
-            declared = None
     if dataclasses.is_dataclass(declared) and not isinstance(declared, type):
         return {field.name: _plain(getattr(declared, field.name)) for field in dataclasses.fields(declared)}
     cls = plugins.load(info.kind, info.name)

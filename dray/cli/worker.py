@@ -161,7 +161,7 @@ def _run(app: Dray, entry: WorkerConfig, prepared: Prepared) -> int:
 
     def ready() -> None:
         watch_lifeline(worker, os.environ)
-        durability = worker._parts.transport.features.durability  # noqa: SLF001  (known once it is connected)
+        durability = worker.parts.transport.features.durability  # known once it is connected
         log.info("worker %s is ready; durability %s: %s", entry.name, durability.name, SURVIVES[durability])
 
     worker = app.worker(entry, ready)
@@ -172,7 +172,7 @@ def _run(app: Dray, entry: WorkerConfig, prepared: Prepared) -> int:
 
 
 def _banner(app: Dray, entry: WorkerConfig, worker: Worker) -> str:
-    config, parts = app.config, worker._parts  # noqa: SLF001
+    config, parts = app.config, worker.parts
     keeps = parts.backend.features.keeps
     lines = {
         "worker": f"{entry.name}, pid {os.getpid()}",

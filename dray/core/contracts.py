@@ -126,6 +126,7 @@ class Transport(Plugin, ABC):
     """
 
     features: TransportFeatures
+    """Of the class: what it can do; an instance may refine them by its options, and by what it finds on ``open``."""
 
     def open(self) -> None:
         """Connect and probe; may refine ``self.features``. Idempotent. Raises ``Unavailable``."""
@@ -290,6 +291,7 @@ class ResultBackend(Plugin, ABC):
     """Keeps states and values of tasks until they expire. All methods may be called from any thread."""
 
     features: ResultFeatures
+    """As of a transport."""
 
     def open(self) -> None:
         """Connect and probe. Idempotent. Raises ``Unavailable``."""

@@ -114,6 +114,8 @@ class Settler:
             if not self._batch and not reports:
                 return NOTHING_TO_DO
             self._store_reports(reports)
+            if not self._batch:
+                return 0.0
         try:
             self._write()
         except TransportError as error:

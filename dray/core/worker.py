@@ -69,6 +69,11 @@ class Worker:
         self._shut_down(threads, patience_s)
         return EXIT_FAILED if self._failure is not None else EXIT_WARM
 
+    @property
+    def parts(self) -> WorkerParts:
+        """What it is made of."""
+        return self._parts
+
     def stop(self) -> None:
         """Warm stop: take nothing more, give back what has not begun, finish what runs. Any thread or handler."""
         self._orders.put(self._warm)

@@ -49,7 +49,8 @@ CREATE TABLE waiter (key TEXT, bell TEXT, PRIMARY KEY (key, bell)) WITHOUT ROWID
 CREATE INDEX waiter_bell ON waiter (bell);
 CREATE TABLE result (id TEXT PRIMARY KEY, state TEXT NOT NULL, expires REAL, body BLOB NOT NULL) WITHOUT ROWID;
 CREATE INDEX result_expires ON result (expires) WHERE expires IS NOT NULL;
-CREATE TABLE barrier (name TEXT PRIMARY KEY, arrived INTEGER NOT NULL, expires REAL NOT NULL) WITHOUT ROWID;
+CREATE TABLE barrier (
+    name TEXT PRIMARY KEY, arrived INTEGER NOT NULL, last TEXT NOT NULL, expires REAL NOT NULL) WITHOUT ROWID;
 CREATE INDEX barrier_expires ON barrier (expires);
 CREATE TABLE barrier_member (barrier TEXT, member TEXT, PRIMARY KEY (barrier, member)) WITHOUT ROWID;
 """

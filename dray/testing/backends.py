@@ -297,10 +297,11 @@ class ResultBackendConformance:
     # --- barrier -------------------------------------------------------------------------------------------
 
     @needs("barrier")
-    def test_the_last_distinct_member_is_told_exactly_once(self) -> None:
+    def test_the_last_distinct_member_is_told_and_told_again(self) -> None:
+        """Again, because its worker may have died between the answer and what it did with it."""
         backend = self.open()
-        arrivals = ["a", "b", "a", "b", "c", "c", "a"]
-        assert [backend.arrive("g", member, 3) for member in arrivals] == [False] * 4 + [True] + [False] * 2
+        told = [(member, backend.arrive("g", member, 3)) for member in ["a", "b", "a", "b", "c", "a", "c", "b"]]
+        assert [member for member, last in told if last] == ["c", "c"]
 
     @needs("barrier")
     def test_groups_are_told_apart(self) -> None:
@@ -312,16 +313,17 @@ class ResultBackendConformance:
     @needs("barrier")
     def test_members_that_arrive_at_once_tell_one_of_them(self) -> None:
         backends = [self.open(), self.open()] if self._has("shared") else [self.open()] * 2
-        told: list[bool] = []
+        told: list[tuple[int, bool]] = []
 
         def arrive(backend: Barrier, first: int) -> None:
-            told.extend(backend.arrive("g", f"m{number % 50}", 50) for number in range(first, first + 50))
+            members = [number % 50 for number in range(first, first + 50)]
+            told.extend((member, backend.arrive("g", f"m{member}", 50)) for member in members)
 
         background = Background()
         for number in range(4):
             background.start(arrive, backends[number % 2], number * 20)
         background.join()
-        assert told.count(True) == 1
+        assert len({member for member, last in told if last}) == 1
         assert len(told) == 200
 
     # --- life ----------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import math
 import os
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from dray.core.contracts import Durability, PluginContext, ResultBackend, ResultFeatures
@@ -51,6 +51,8 @@ class FilesystemBackend(ResultBackend):
 
     api: ClassVar[int] = 1
 
+    features = ResultFeatures(durability=Durability.D2, push=True, max_body_bytes=2**24)
+
     @dataclass(frozen=True, slots=True)
     class Options:
         """One of ``url`` and ``path``, or neither: ``.dray/results``."""
@@ -63,9 +65,7 @@ class FilesystemBackend(ResultBackend):
 
     def __init__(self, options: Options, context: PluginContext) -> None:
         super().__init__(options, context)
-        self.features = ResultFeatures(
-            durability=Durability.D3 if options.fsync else Durability.D2, push=True, max_body_bytes=2**24
-        )
+        self.features = replace(self.features, durability=Durability.D3 if options.fsync else Durability.D2)
         self.root = folder(options.url, options.path or ".dray/results", context.base)
         self._temporary = self.root / "tmp"
         self._waiters = self.root / "waiters"
@@ -213,7 +213,9 @@ class FilesystemBackend(ResultBackend):
                 return False
             records = b"".join(map(read_whole, logs))
             members = {records[at : at + _RECORD_BYTES] for at in range(0, len(records), _RECORD_BYTES)}
-            return len(members) >= size and self._win(f"{shard}/{key}.done")
+            return len(members) >= size and self._win(
+                f"{shard}/{key}.done", bytes.fromhex(digest(member, _RECORD_BYTES))
+            )
 
     def _append(self, path: str, record: bytes) -> None:
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
@@ -226,14 +228,16 @@ class FilesystemBackend(ResultBackend):
         finally:
             os.close(fd)
 
-    def _win(self, path: str) -> bool:
+    def _win(self, path: str, member: bytes) -> bool:
+        """True for the first that comes here, now and ever after."""
+        temporary = self._write_temporary(member, self.context.clock.time() + GROUP_KEPT_S)
         try:
-            write_whole(path, b"", self.options.fsync)
+            os.link(temporary, path)
+            return True
         except FileExistsError:
-            return False
-        expires_at = self.context.clock.time() + GROUP_KEPT_S
-        os.utime(path, (expires_at, expires_at))
-        return True
+            return read_whole(path) == member
+        finally:
+            os.unlink(temporary)
 
     # --- files ---------------------------------------------------------------------------------------------
 

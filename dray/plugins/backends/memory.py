@@ -32,7 +32,7 @@ class MemoryBackend(ResultBackend):
         self._results: dict[str, StoredResult] = {}
         self._expiries: list[tuple[float, str]] = []
         self._waiters: dict[str, list[threading.Event]] = {}
-        self._groups: dict[str, tuple[set[str], float]] = {}
+        self._groups: dict[str, tuple[dict[str, None], float]] = {}
         """Members that arrived, and when the last one did; in the order of the latter."""
         self._closed = False
 
@@ -91,14 +91,13 @@ class MemoryBackend(ResultBackend):
         self._check()
         now = self.context.clock.time()
         with self._lock:
-            members, _ = self._groups.pop(group, (set(), now))
-            is_new = member not in members
-            members.add(member)
+            members, _ = self._groups.pop(group, ({}, now))
+            members.setdefault(member)
             self._groups[group] = (members, now)
             oldest = next(iter(self._groups))
             if self._groups[oldest][1] < now - GROUP_KEPT_S:
                 del self._groups[oldest]
-            return is_new and len(members) == size
+            return len(members) == size and next(reversed(members)) == member
 
     def _terminal(self, ids: Sequence[str]) -> dict[str, StoredResult]:
         return {key: result for key, result in self.fetch(ids).items() if result.state in TERMINAL}

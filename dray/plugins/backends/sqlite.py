@@ -6,7 +6,7 @@ import math
 import sqlite3
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 from dray.core.contracts import Durability, PluginContext, ResultBackend, ResultFeatures, Seconds
@@ -35,6 +35,7 @@ class SqliteBackend(ResultBackend):
     """
 
     api: ClassVar[int] = 1
+    features = ResultFeatures(durability=Durability.D2, push=True, max_body_bytes=MAX_BODY_BYTES)
 
     @dataclass(frozen=True, slots=True)
     class Options:
@@ -52,11 +53,8 @@ class SqliteBackend(ResultBackend):
 
     def __init__(self, options: Options, context: PluginContext) -> None:
         super().__init__(options, context)
-        self.features = ResultFeatures(
-            durability=Durability.D3 if options.synchronous == "full" else Durability.D2,
-            push=True,
-            max_body_bytes=MAX_BODY_BYTES,
-        )
+        durability = Durability.D3 if options.synchronous == "full" else Durability.D2
+        self.features = replace(self.features, durability=durability)
         path = database_path(options.url, options.path, context.base)
         self.database = Database(path, options.synchronous, options.busy_timeout, context)
         self.database.log_limit_bytes = WORKER_LOG_BYTES  # workers store; callers hardly write
@@ -153,14 +151,13 @@ class SqliteBackend(ResultBackend):
 
         def work(db: sqlite3.Connection) -> bool:
             new = db.execute("INSERT OR IGNORE INTO barrier_member VALUES (?, ?)", (group, member)).rowcount
-            if not new:
-                return False
-            arrived: int = db.execute(
-                "INSERT INTO barrier VALUES (?, 1, ?) ON CONFLICT (name) DO UPDATE "
-                "SET arrived = arrived + 1, expires = excluded.expires RETURNING arrived",
-                (group, expires),
-            ).fetchone()[0]
-            return arrived == size
+            db.execute(
+                "INSERT INTO barrier VALUES (?, 1, ?, ?) ON CONFLICT (name) DO UPDATE SET expires = excluded.expires, "
+                "arrived = arrived + ?, last = CASE ? WHEN 1 THEN excluded.last ELSE last END",
+                (group, member, expires, new, new),
+            )
+            arrived, last = db.execute("SELECT arrived, last FROM barrier WHERE name = ?", (group,)).fetchone()
+            return bool(arrived == size and last == member)
 
         return self.database.write(work)
 

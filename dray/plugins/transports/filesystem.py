@@ -8,7 +8,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from dray.core import wire
@@ -48,6 +48,16 @@ class FilesystemTransport(Transport):
 
     api: ClassVar[int] = 1
 
+    features = TransportFeatures(
+        durability=Durability.D2,
+        lease_s=30.0,
+        max_delay_s=math.inf,
+        priorities=LEVELS,
+        dead_letter=True,
+        release=True,
+        max_body_bytes=2**24,
+    )
+
     @dataclass(frozen=True, slots=True)
     class Options:
         """One of ``url`` and ``path``, or neither: ``.dray/queue``."""
@@ -66,15 +76,8 @@ class FilesystemTransport(Transport):
         super().__init__(options, context)
         if options.lease <= 0:
             raise ConfigError(f"filesystem: lease must be more than 0 seconds, not {options.lease:g}")
-        self.features = TransportFeatures(
-            durability=Durability.D3 if options.fsync else Durability.D2,
-            lease_s=options.lease,
-            max_delay_s=math.inf,
-            priorities=LEVELS,
-            dead_letter=True,
-            release=True,
-            max_body_bytes=2**24,
-        )
+        durability = Durability.D3 if options.fsync else Durability.D2
+        self.features = replace(self.features, durability=durability, lease_s=options.lease)
         self.root = folder(options.url, options.path or ".dray/queue", context.base)
         self._temporary = self.root / "tmp"
         self._waiters = self.root / "waiters"

@@ -9,7 +9,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, NamedTuple
 
 from dray.core.contracts import Consumer, Durability, PluginContext, Seconds, Transport, TransportFeatures
@@ -63,6 +63,16 @@ class SqliteTransport(Transport):
     """
 
     api: ClassVar[int] = 1
+    features = TransportFeatures(
+        durability=Durability.D2,
+        lease_s=30.0,
+        max_delay_s=math.inf,
+        priorities=10,
+        atomic_then=True,
+        dead_letter=True,
+        release=True,
+        max_body_bytes=MAX_BODY_BYTES,
+    )
 
     @dataclass(frozen=True, slots=True)
     class Options:
@@ -83,16 +93,8 @@ class SqliteTransport(Transport):
         super().__init__(options, context)
         if options.lease <= 0:
             raise ConfigError(f"sqlite: lease must be more than 0 seconds, not {options.lease:g}")
-        self.features = TransportFeatures(
-            durability=Durability.D3 if options.synchronous == "full" else Durability.D2,
-            lease_s=options.lease,
-            max_delay_s=math.inf,
-            priorities=10,
-            atomic_then=True,
-            dead_letter=True,
-            release=True,
-            max_body_bytes=MAX_BODY_BYTES,
-        )
+        durability = Durability.D3 if options.synchronous == "full" else Durability.D2
+        self.features = replace(self.features, durability=durability, lease_s=options.lease)
         path = database_path(options.url, options.path, context.base)
         self.database = Database(path, options.synchronous, options.busy_timeout, context)
         self._logger: logging.Logger = context.logger
