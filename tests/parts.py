@@ -1,4 +1,4 @@
-"""Parts of the core, put together for tests: a codec, an executor, a slot, a client, with a clock that the test moves."""
+"""Parts of the core, put together for tests: codec, executor, slot, with a clock that the test moves."""
 
 from __future__ import annotations
 
@@ -129,7 +129,9 @@ class Slot:
 class Bench:
     """An executor with everything around it in reach."""
 
-    def __init__(self, *fns: Callable[..., Any], signed: bool = False, hooks: Hooks = NO_HOOKS, **settings: Any) -> None:
+    def __init__(
+        self, *fns: Callable[..., Any], signed: bool = False, hooks: Hooks = NO_HOOKS, **settings: Any
+    ) -> None:
         self.clock = FakeClock()
         self.signer = signer() if signed else None
         self.codec = make_codec(self.clock, signer=self.signer)

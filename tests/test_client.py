@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections.abc import Iterator, Sequence
-from datetime import datetime, timedelta, timezone
+from datetime import UTC, datetime, timedelta, timezone
 from typing import Any
 
 import pytest
@@ -143,7 +143,7 @@ def test_a_task_s_own_options_hold_for_every_call_and_a_call_s_win(shop: Shop) -
     assert "prio" not in message.headers, "or the retry would have the task's priority again"
 
 
-ETA = datetime(2030, 1, 1, tzinfo=timezone.utc)
+ETA = datetime(2030, 1, 1, tzinfo=UTC)
 
 
 @pytest.mark.parametrize(
@@ -214,7 +214,7 @@ def test_priorities_are_clamped_on_the_short_way_too() -> None:
     shop = Shop()
     shop.app.__dict__.pop("_codec", None)
     reduced = memory_transport(shop.clock, priorities=2)
-    connections = shop.app._client(reduced, shop.app.backend)
+    connections = shop.app.compose(reduced, shop.app.backend)
     task = shop.app.task(name="urgent", priority=9)(lambda: None)
     connections.client.send(task, (), {}, CallOptions())
     from dray.core.task import NO_OPTIONS

@@ -26,6 +26,9 @@ JSON = st.recursive(
 )
 
 
+CODECS = [make_codec(), make_codec(signer=signer()), make_codec(compressor=compressor("zlib"), compress_over=0)]
+
+
 def call(codec: Codec, args: Any = (2, 3), kwargs: Any = None, **headers: str) -> Delivery:
     sealed, body = codec.encode_call({**PLAIN, **headers}, "q", "id1", (args, kwargs or {}))
     return Delivery("q", "id1", body, sealed, None)
@@ -37,13 +40,21 @@ def stored(codec: Codec, value: object, state: State = State.SUCCESS) -> StoredR
 
 @given(st.lists(JSON, max_size=3), st.dictionaries(st.text("xyz", min_size=1, max_size=3), JSON, max_size=3))
 def test_a_call_comes_back_as_it_was_sent(args: list[Any], kwargs: dict[str, Any]) -> None:
-    for codec in (make_codec(), make_codec(signer=signer()), make_codec(compressor=compressor("zlib"), compress_over=0)):
+    for codec in (
+        make_codec(),
+        make_codec(signer=signer()),
+        make_codec(compressor=compressor("zlib"), compress_over=0),
+    ):
         assert codec.decode_call(call(codec, args, kwargs)) == (args, kwargs)
 
 
 @given(JSON)
 def test_a_result_comes_back_as_it_was_returned(value: Any) -> None:
-    for codec in (make_codec(), make_codec(signer=signer()), make_codec(compressor=compressor("zlib"), compress_over=0)):
+    for codec in (
+        make_codec(),
+        make_codec(signer=signer()),
+        make_codec(compressor=compressor("zlib"), compress_over=0),
+    ):
         assert codec.decode_result(stored(codec, value)) == value
 
 
@@ -188,8 +199,8 @@ def test_every_header_is_covered() -> None:
     signed = Signed()
     headers = dict(signed.delivery.headers)
     assert {"task", "type", "eta", "expires", "issued", "sig", "x-user"} <= set(headers)
-    for key in headers:
-        signed.refuses(signed.delivery._replace(headers={**headers, key: headers[key] + "0"}))
+    for key, value in headers.items():
+        signed.refuses(signed.delivery._replace(headers={**headers, key: value + "0"}))
         signed.refuses(signed.delivery._replace(headers={k: v for k, v in headers.items() if k != key}))
     for key in ("crashes", "enc", "prio", "since", "x-more"):
         signed.refuses(signed.delivery._replace(headers={**headers, key: "1"}))

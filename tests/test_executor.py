@@ -15,7 +15,6 @@ from dray.core.errors import (
     InvalidArguments,
     SoftTimeLimitExceeded,
     TaskExpired,
-    TaskFailed,
     TaskRevoked,
     TimeLimitExceeded,
     WorkerLost,
@@ -99,7 +98,9 @@ def test_an_exception_that_cannot_be_shown_is_still_an_end() -> None:
     assert bench.decoded(outcome).value["type"].endswith("Hostile")
 
 
-@pytest.mark.parametrize("argument", [float("nan"), "\ud800", 10**5000, "x" * 200_000], ids=["nan", "surrogate", "huge", "long"])
+@pytest.mark.parametrize(
+    "argument", [float("nan"), "\ud800", 10**5000, "x" * 200_000], ids=["nan", "surrogate", "huge", "long"]
+)
 def test_an_exception_whose_arguments_cannot_be_kept_loses_them_only(argument: Any) -> None:
     def fail_with() -> None:
         raise ValueError(argument)
@@ -325,14 +326,16 @@ def test_the_largest_attempt_neither_raises_nor_loops() -> None:
 @given(
     st.binary(max_size=40),
     st.dictionaries(
-        st.sampled_from(["task", "type", "attempt", "expires", "eta", "retry", "rexp", "ignore", "crashes", "since", "v"]),
+        st.sampled_from(
+            ["task", "type", "attempt", "expires", "eta", "retry", "rexp", "ignore", "crashes", "since", "v"]
+        ),
         st.sampled_from(["add", "json", "1", "-1", "nan", "1e308", "", "\0", "\ud800", "[]"]) | st.text(max_size=5),
     ),
     st.sampled_from(["id1", "", "\ud800", "x" * 400]),
 )
 def test_whatever_arrives_the_executor_answers(body: bytes, headers: dict[str, str], id_: str) -> None:
     bench = Bench(add)
-    for data in (body, b'[[1,2],{}]'):
+    for data in (body, b"[[1,2],{}]"):
         delivery = Delivery("q", id_, data, headers, None)
         for outcome in (
             bench.executor.run(delivery, bench.slot),
@@ -376,7 +379,6 @@ def test_coroutines_run_and_share_their_thread_s_loop() -> None:
     bench = Bench(fetch)
     assert [bench.decoded(bench.run("fetch", n)).value for n in (1, 2)] == [2, 4]
     assert loops[0] is loops[1]
-    loops[0].close()
 
 
 def test_a_coroutine_that_fails_fails_the_task() -> None:
@@ -385,7 +387,6 @@ def test_a_coroutine_that_fails_fails_the_task() -> None:
 
     bench = Bench(fetch)
     dead(bench.run("fetch"), "OSError: gone")
-    bench.executor._loops.loop.close()
 
 
 def interrupt_the_loop() -> None:
@@ -414,7 +415,6 @@ def test_a_soft_limit_raised_into_the_loop_cancels_the_coroutine_which_may_clean
     bench = Bench(fetch)
     dead(bench.run("fetch"), "SoftTimeLimitExceeded: over")
     assert cleaned == [True]
-    bench.executor._loops.loop.close()
 
 
 def test_a_coroutine_that_handles_its_soft_limit_may_return() -> None:
@@ -428,7 +428,6 @@ def test_a_coroutine_that_handles_its_soft_limit_may_return() -> None:
 
     bench = Bench(fetch)
     assert bench.decoded(bench.run("fetch")).value == "half"
-    bench.executor._loops.loop.close()
 
 
 def test_after_a_fork_loops_are_made_anew() -> None:
@@ -437,11 +436,8 @@ def test_after_a_fork_loops_are_made_anew() -> None:
 
     bench = Bench(fetch)
     first = bench.decoded(bench.run("fetch")).value
-    old = bench.executor._loops.loop
     bench.executor.forked()
     assert bench.decoded(bench.run("fetch")).value != first
-    for loop in (old, bench.executor._loops.loop):
-        loop.close()
 
 
 # --- runs that the pool ended ------------------------------------------------------------------------------

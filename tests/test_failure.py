@@ -167,7 +167,9 @@ def test_a_class_that_cannot_be_built_from_its_arguments_is_task_failed() -> Non
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.floats() | st.text(),
-    lambda inner: st.lists(inner) | st.dictionaries(st.sampled_from(["type", "message", "args", "traceback", "x"]), inner),
+    lambda inner: (
+        st.lists(inner) | st.dictionaries(st.sampled_from(["type", "message", "args", "traceback", "x"]), inner)
+    ),
     max_leaves=8,
 )
 

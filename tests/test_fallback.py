@@ -99,9 +99,7 @@ def test_a_release_becomes_a_copy_due_at_once() -> None:
     reduced = fallback(FakeClock(), release=False)
     settled = reduced.settlement(Settlement(delivery(prio="12", expires="5.5"), Action.RELEASE))
     assert settled.action is Action.ACK
-    assert settled.then == (
-        Outgoing("q", "id1", b"[[],{}]", delivery(prio="12", expires="5.5").headers, 9, None, 5.5),
-    )
+    assert settled.then == (Outgoing("q", "id1", b"[[],{}]", delivery(prio="12", expires="5.5").headers, 9, None, 5.5),)
 
 
 def test_follow_ups_are_adapted_too() -> None:

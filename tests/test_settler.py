@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -143,7 +144,7 @@ def test_while_the_result_store_is_away_nothing_is_acknowledged_and_pauses_grow(
     pauses = [rig.settler.step() for _ in range(4)]
     assert rig.calls() == []
     assert 0 < pauses[0] <= 0.05
-    assert all(later > earlier * 0.9 for earlier, later in zip(pauses, pauses[1:], strict=False))
+    assert all(later > earlier * 0.9 for earlier, later in itertools.pairwise(pauses))
     assert [delivery.id for delivery in rig.settler.in_flight()] == ["a"], "its lease is kept"
     assert rig.settler.step() == 0.0
     assert rig.calls() == ["store", "settle"]

@@ -18,7 +18,6 @@ from hypothesis import strategies as st
 
 from dray.core.errors import ConfigError, EncodeError, InvalidArguments, InvalidName, UnknownTask
 from dray.core.registry import Registry, import_modules
-from dray.core.retry import Retry
 from dray.core.task import (
     NO_OPTIONS,
     CallOptions,

@@ -32,6 +32,7 @@ COMMANDS = {
     "config": ("config", "Show or check the configuration; print its JSON Schema."),
     "bench": ("bench", "Measure this machine with tasks that do nothing."),
     "demo": ("demo", "Watch dray at work on real files."),
+    "verify-ledger": ("verify_ledger", "Audit what was sent, what ran and what the stores say."),
     "new": ("new", "Write the start of a task module or of a plugin."),
 }
 """Each command: the module under ``dray.cli`` that holds ``<name>_command``, and its line in ``dray --help``."""
@@ -64,7 +65,7 @@ class Commands(click.Group):
         if cmd_name not in COMMANDS:
             return None
         module = importlib.import_module(f"dray.cli.{COMMANDS[cmd_name][0]}")
-        command: click.Command = getattr(module, f"{cmd_name}_command")
+        command: click.Command = getattr(module, f"{cmd_name.replace('-', '_')}_command")
         return command
 
     def resolve_command(

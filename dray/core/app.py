@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import logging
 import os
 import random
 import threading
 import weakref
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeVar, overload
 
@@ -75,6 +76,7 @@ class Dray:
         self._settings = settings
         self._listeners: list[object] = []
         self._abandoned: list[object] = []
+        self._substitute: Connections | None = None
         self._unbound: dict[str, Task[..., Any]] = {}
         self._reset()
         me = weakref.ref(self)
@@ -187,6 +189,8 @@ class Dray:
     def connections(self) -> Connections:
         """This process's connections, built but not necessarily open: a worker opens them after it has forked."""
         with self._lock:
+            if self._connections is None and self._substitute is not None:
+                self._connections = self._substitute
             if self._connections is None:
                 transport, backend = self._plugin("transport"), self._plugin("backend")
                 if self._abandoned and not transport.features.shared:
@@ -194,7 +198,7 @@ class Dray:
                         f"the transport {transport.context.name!r} lives in the parent process, a child cannot send "
                         "through it; use another transport, or a pool without processes (threads, solo)"
                     )
-                self._connections = self._client(transport, backend)
+                self._connections = self.compose(transport, backend)
             return self._connections
 
     def connect(self) -> Connections:
@@ -224,6 +228,34 @@ class Dray:
         if connections is not None:
             connections.transport.close()
             connections.backend.close()
+
+    @contextlib.contextmanager
+    def substituted(self, connections: Connections) -> Iterator[None]:
+        """Within the block calls go through ``connections``, whatever the configuration says: for tests.
+
+        Connections that are open already are left as they are, and used again afterwards. For one thread.
+        """
+        with self._lock:
+            kept = self._connections, self._opened, self._substitute
+            self._connections, self._opened, self._substitute = connections, None, connections
+        try:
+            yield
+        finally:
+            self.close()
+            with self._lock:
+                self._connections, self._opened, self._substitute = kept
+
+    def replica(self, *, clock: Clock, ids: Ids, random_source: Random, **settings: object) -> Dray:
+        """Another app with these tasks, hooks and settings, except for those that are given, and its own connections.
+
+        The tasks still send through the app that they were made for.
+        """
+        frozen: Config | None = self.__dict__.get("_config")
+        source = self._source if frozen is None or frozen.path is None else frozen.path
+        merged: dict[str, Any] = {**self._settings, **settings}
+        twin = Dray(config=source, clock=clock, ids=ids, random_source=random_source, **merged)
+        twin.registry, twin.safe_errors, twin._listeners = self.registry, self.safe_errors, self._listeners
+        return twin
 
     def __enter__(self) -> Dray:
         return self
@@ -257,12 +289,18 @@ class Dray:
         kind = f"{setting}s"
         return make(kind, getattr(self.config, setting), lambda name: self.plugin_context(kind, name))
 
-    def _client(self, transport: Transport, backend: ResultBackend) -> Connections:
+    def compose(
+        self,
+        transport: Transport,
+        backend: ResultBackend,
+        make_results: Callable[[ResultBackend, Codec, SafeErrors, Clock], Results] = Results,
+    ) -> Connections:
+        """Connections of this app over a transport and a result back end; nothing is opened."""
         from dray.core.client import Client
         from dray.core.fallback import Fallback
 
         config, codec = self.config, self.codec
-        results = Results(backend, codec, self.safe_errors, self.clock)
+        results = make_results(backend, codec, self.safe_errors, self.clock)
         client = Client(
             transport=transport,
             backend=backend,

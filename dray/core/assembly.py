@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dray.core import plugins
@@ -22,10 +22,16 @@ if TYPE_CHECKING:
 
 def assemble_worker(app: Dray, settings: WorkerConfig, on_ready: Callable[[], None]) -> Worker:
     """See ``Dray.worker``."""
-    config, codec, hooks = app.config, app.codec, app.hooks
-
-    transport, backend, *_ = app.connections()
     pool = plugins.make("pools", settings.pool, lambda name: app.plugin_context("pools", name))
+    return Worker(assemble_parts(app, settings.name, settings.queues, pool, on_ready))
+
+
+def assemble_parts(
+    app: Dray, name: str, queues: Sequence[str], pool: Pool, on_ready: Callable[[], None] = lambda: None
+) -> WorkerParts:
+    """What a worker of this app is made of, around a pool. Raises ``ConfigError``."""
+    config, codec, hooks = app.config, app.codec, app.hooks
+    transport, backend, *_ = app.connections()
     _check(config, list(app.registry), transport, pool)
     fallback = Fallback(transport.features, app.clock, transport.context.name)
     limits = config.tasks
@@ -52,25 +58,23 @@ def assemble_worker(app: Dray, settings: WorkerConfig, on_ready: Callable[[], No
         remember_ended_s=codec.signer.max_age_s if codec.signer is not None else None,
         verify=codec.check,
     )
-    return Worker(
-        WorkerParts(
-            name=settings.name,
-            queues=settings.queues,
-            transport=transport,
-            backend=backend,
-            pool=pool,
-            executor=executor,
-            settler=settler,
-            fallback=fallback,
-            hooks=hooks,
-            clock=app.clock,
-            random=app.random,
-            faults=app.faults,
-            shutdown_timeout_s=config.shutdown_timeout,
-            max_deliveries={name: queue.max_deliveries for name, queue in config.queues.items()},
-            require_durability=config.require_durability,
-            on_ready=on_ready,
-        )
+    return WorkerParts(
+        name=name,
+        queues=queues,
+        transport=transport,
+        backend=backend,
+        pool=pool,
+        executor=executor,
+        settler=settler,
+        fallback=fallback,
+        hooks=hooks,
+        clock=app.clock,
+        random=app.random,
+        faults=app.faults,
+        shutdown_timeout_s=config.shutdown_timeout,
+        max_deliveries={queue: settings.max_deliveries for queue, settings in config.queues.items()},
+        require_durability=config.require_durability,
+        on_ready=on_ready,
     )
 
 

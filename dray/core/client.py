@@ -64,10 +64,10 @@ class Client:
             self._faults.hit("before_publish")
         try:
             self._transport.send((message,))
+            if self._faults is not None:
+                self._faults.hit("confirmed")
         except Uncertain as error:
             raise _uncertain(message.id, error) from error
-        if self._faults is not None:
-            self._faults.hit("confirmed")
         return AsyncResult(message.id, self._results, self, _ignored(task, options))
 
     async def asend(
@@ -86,7 +86,11 @@ class Client:
         calls = iter(calls)
         while messages := [self._message(*call) for call in itertools.islice(calls, SLICE)]:
             try:
+                if self._faults is not None:
+                    self._faults.hit("before_publish")
                 self._transport.send(messages)
+                if self._faults is not None:
+                    self._faults.hit("confirmed")
             except Uncertain as error:
                 raise _uncertain(messages[0].id, error) from error
             except Unavailable as error:

@@ -107,7 +107,7 @@ class TaskExecutor:
         except CodecError as error:
             return self._dead(delivery, error)
         except Exception as error:
-            log.exception("task %s: could not be prepared", delivery.id)
+            log.exception("task %s: could not be prepared", one_line(delivery.id))
             return self._dead(delivery, error)
         if isinstance(call, Outcome):
             return call
@@ -155,7 +155,7 @@ class TaskExecutor:
             if result_s is not None:
                 result = self._result(delivery.id, State.REVOKED, None, result_s)
         except CodecError as error:  # bad headers, or no key to sign the result with
-            log.warning("task %s was revoked; its result cannot be kept: %s", delivery.id, error)
+            log.warning("task %s was revoked; its result cannot be kept: %s", one_line(delivery.id), error)
         return Outcome(Settlement(delivery, Action.ACK), result)
 
     def replayed(self, delivery: Delivery) -> Outcome:
@@ -167,8 +167,8 @@ class TaskExecutor:
         return self._dead(delivery, WorkerLost(reason))
 
     def forked(self) -> None:
-        """In a new child: event loops do not survive a fork."""
-        self._loops = threading.local()
+        """In a new child: event loops do not survive a fork, and closing them here would disturb the parent's."""
+        self._abandoned, self._loops = self._loops, threading.local()
 
     # --- before the function -------------------------------------------------------------------------------
 
@@ -259,9 +259,10 @@ class TaskExecutor:
 
     def _run_coroutine(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
         """Run it on this thread's own event loop. An exception from outside (a soft limit) cancels it first."""
-        loop = getattr(self._loops, "loop", None)
-        if loop is None:
-            loop = self._loops.loop = asyncio.new_event_loop()
+        own = getattr(self._loops, "own", None)
+        if own is None:
+            own = self._loops.own = _OwnLoop()
+        loop = own.loop
         running = loop.create_task(coroutine)
         try:
             return loop.run_until_complete(running)
@@ -332,7 +333,7 @@ class TaskExecutor:
             result = None if result_s is None else self._error_result(delivery.id, State.FAILURE, error, result_s)
         except CodecError as problem:  # no key to sign it with: the dead letter still tells
             result = None
-            log.warning("task %s: its failure cannot be kept as a result: %s", delivery.id[:255], problem)
+            log.warning("task %s: its failure cannot be kept as a result: %s", one_line(delivery.id), problem)
         if self._hooks.task_dead is not None:
             self._hooks.task_dead(
                 task=name, id=delivery.id, queue=delivery.queue, attempt=attempt_of(delivery), reason=reason
@@ -355,6 +356,16 @@ class TaskExecutor:
         if len(result.body) > self._settings.result_max_bytes:
             result = self._result(task_id, state, {**record, "args": None, "message": record["message"][:1000]}, keep_s)
         return result
+
+
+class _OwnLoop:
+    """One thread's event loop; closed when the thread ends."""
+
+    def __init__(self) -> None:
+        self.loop = asyncio.new_event_loop()
+
+    def __del__(self) -> None:
+        self.loop.close()
 
 
 class _Progress:

@@ -42,8 +42,8 @@ class Keeper:
         """One round. Raises ``TransportError``."""
         now = self._parts.clock.monotonic()
         if now - self._renewed >= 0.999 * self._renew_s:  # floats: 1.0 + 1.0 + ... may fall short of a whole number
-            self._renewed = now
             self._renew()
+            self._renewed = now  # when it failed: again at the next step, not a third of a lease later
         self._revoke()
         self._crowded = self._crowded + 1 if self._intake.surplus() > 0 else 0
         if self._crowded >= 2:

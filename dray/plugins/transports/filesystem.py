@@ -208,6 +208,8 @@ class FilesystemTransport(Transport):
             if not receipt.queue.extend(receipt, now + self.options.lease):
                 return False
             self._publish(then)
+            if self.context.faults is not None:
+                self.context.faults.hit("follow_ups_sent")
         if action is Action.ACK:
             return bool(receipt.queue.acknowledge(receipt))
         if action is Action.RELEASE:
