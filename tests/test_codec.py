@@ -349,3 +349,21 @@ def test_any_text_in_a_number_header_is_a_number_or_a_decode_error(text: str) ->
 def test_a_priority_that_no_transport_has_is_clamped_when_sent_again() -> None:
     codec = make_codec()
     assert codec.resend(call(codec, prio="77"), {}).priority == 9
+
+
+def test_a_dead_letter_is_renewed_as_if_it_were_called_now() -> None:
+    clock = FakeClock()
+    codec = make_codec(clock, signer=signer())
+    headers, body = codec.encode_call({"task": "t", "type": "json", "prio": "7", "x-note": "n"}, "q", "id1", ((1,), {}))
+    again = codec.resend(Delivery("q", "id1", body, headers, None), {"attempt": "3", "crashes": "2"}, clock.time() + 5)
+    letter = Delivery("q", "id1", again.body, again.headers, None)
+    clock.advance(1e6)  # long past the signature's age
+    with pytest.raises(SignatureError):
+        codec.decode_call(letter)
+    renewed = codec.renew(letter)
+    assert renewed.priority == 7
+    assert {"attempt", "crashes", "eta"}.isdisjoint(renewed.headers)
+    assert renewed.headers["x-note"] == "n"
+    assert codec.decode_call(Delivery("q", "id1", renewed.body, renewed.headers, None)) == ([1], {})
+    with pytest.raises(SignatureError):
+        codec.renew(letter._replace(body=b"[[2],{}]"))

@@ -171,3 +171,9 @@ def test_any_text_gives_a_policy_or_a_decode_error(text: str) -> None:
         return
     assert policy.max >= 0
     assert 0 <= policy.jitter <= 1
+
+
+def test_a_delay_that_is_raised_is_meant() -> None:
+    policy = Retry(max=9, backoff=4, jitter=1).policy()
+    assert [decide(policy, n, Retry(delay=30), random.Random(n)) for n in range(4)] == [30.0] * 4
+    assert decide(policy, 2, Retry(delay=30, backoff=2), random.Random(1)) == 120.0

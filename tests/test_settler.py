@@ -45,21 +45,26 @@ class Rig:
             None,
             store_timeout_s=30.0,
             remember_ended_s=600.0 if signed else None,
+            undeliverable=self.undeliverable,
             verify=self.verify,
         )
         self.consumer = self.transport.consumer(["q"], 100)
+
+    def undeliverable(self, delivery: Delivery, reason: str) -> Outcome:
+        result = StoredResult(delivery.id, State.FAILURE, reason.encode(), None)
+        return Outcome(Settlement(delivery, Action.DEAD, (), reason), result)
 
     def verify(self, _delivery: Delivery) -> None:
         if not self.genuine:
             raise SignatureError("forged")
 
     def watched(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
-        def watch(items: Any, *rest: Any) -> Any:
+        def watch(items: Any, *rest: Any, **named: Any) -> Any:
             self.refuse(name, items)
             if self.errors[name]:
                 raise self.errors[name].pop(0)
             self.journal.append((name, list(items)))
-            answer = call(items, *rest)
+            answer = call(items, *rest, **named)
             if self.after.get(name):
                 raise self.after[name].pop(0)
             return answer
@@ -373,3 +378,18 @@ def test_without_signatures_nothing_is_remembered() -> None:
     rig.settler.collect([rig.end(rig.take("a")[0])])
     rig.drain()
     assert "bury" not in rig.calls()
+
+
+def test_no_more_is_taken_while_results_cannot_be_stored() -> None:
+    rig = Rig()
+    (delivery,) = rig.take("a")
+    rig.settler.collect([rig.end(delivery)])
+    rig.errors["store"] = [Unavailable("away")] * 50
+    rig.settler.step()
+    rig.clock.advance(31)
+    assert rig.settler.step() == 0.0
+    assert rig.settler.store_is_away
+    rig.settler.step()  # gives it back
+    assert rig.left() == [("a", 1)]
+    rig.settler.step()  # the store answers again
+    assert not rig.settler.store_is_away

@@ -393,6 +393,7 @@ class Steps:
             None,
             store_timeout_s=30,
             remember_ended_s=None,
+            undeliverable=self.bench.executor.undeliverable,
         )
         self.worker = Worker(
             WorkerParts(

@@ -168,7 +168,8 @@ def _run(app: Dray, entry: WorkerConfig, prepared: Prepared) -> int:
     click.echo(_banner(app, entry, worker), err=True)
     if not len(app.registry):
         log.warning("no tasks are registered: is the module that defines them listed under 'imports'?")
-    return run_with_signals(worker)
+    with app:  # its connections are closed when the worker has ended
+        return run_with_signals(worker)
 
 
 def _banner(app: Dray, entry: WorkerConfig, worker: Worker) -> str:

@@ -54,6 +54,7 @@ def assemble_parts(
         app.clock,
         app.random,
         app.faults,
+        undeliverable=executor.undeliverable,
         store_timeout_s=config.result_store_timeout,
         remember_ended_s=codec.signer.max_age_s if codec.signer is not None else None,
         verify=codec.check,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime, timedelta
 from typing import Any
@@ -11,15 +12,16 @@ from typing import Any
 from dray.core.clock import Clock, Ids
 from dray.core.codec import Codec
 from dray.core.contracts import DeadLetters, ResultBackend, Tombstones, Transport
-from dray.core.errors import ConfigError, NotSupported, PublishUncertain, SendError, Unavailable, Uncertain
+from dray.core.errors import CodecError, ConfigError, NotSupported, PublishUncertain, SendError, Unavailable, Uncertain
 from dray.core.fallback import Fallback
 from dray.core.faults import Faults
 from dray.core.hooks import Hooks
-from dray.core.message import Outgoing, State, StoredResult
+from dray.core.message import Delivery, Outgoing, State, StoredResult
 from dray.core.result import AsyncResult, GroupResult, Results
 from dray.core.retry import Policy
 from dray.core.task import NO_OPTIONS, CallOptions, Signature, Task, check_user_headers
 
+log = logging.getLogger(__name__)
 SLICE = 2000
 """Messages per ``Transport.send`` of a long batch: bounds memory, and what an error leaves unknown."""
 
@@ -84,7 +86,18 @@ class Client:
         """
         ids: list[str] = []
         calls = iter(calls)
-        while messages := [self._message(*call) for call in itertools.islice(calls, SLICE)]:
+        ignored = False
+        while True:
+            try:
+                batch = list(itertools.islice(calls, SLICE))
+                messages = [self._message(*call) for call in batch]
+            except Exception as error:
+                if ids:
+                    error.add_note(f"{len(ids)} calls before this one were sent")
+                raise
+            if not messages:
+                return GroupResult(ids, self._results, self, ignored)
+            ignored = ignored or any(_ignored(call.task, call.options) for call in batch)
             try:
                 if self._faults is not None:
                     self._faults.hit("before_publish")
@@ -97,7 +110,6 @@ class Client:
                 unsent = error.unsent if isinstance(error, SendError) else messages
                 raise SendError(f"{len(ids)} calls were sent before: {error}", unsent) from error
             ids.extend([message.id for message in messages])
-        return GroupResult(ids, self._results, self)
 
     def revoke(self, ids: Iterable[str], *, terminate: bool = False) -> None:
         """Cancel tasks: what has not started never starts, also after every worker restarted (promise G7).
@@ -119,17 +131,31 @@ class Client:
                 ]
             )
 
-    def requeue_dead(self, ids: list[str]) -> list[str]:
-        """Send dead letters again, as new. Raises ``NotSupported`` when the transport keeps none."""
+    def requeue_dead(self, ids: Iterable[str]) -> list[str]:
+        """Send dead letters again, as new: all retries and deliveries before them, no expiry, results forgotten.
+
+        Returns the ids that were sent; a letter that is not genuine (signatures are on, and it has none of ours) stays
+        where it is. Sent first, purged second: when it fails in between, a letter may be sent twice. Raises
+        ``NotSupported`` when the transport keeps none.
+        """
         transport = self._transport
         if not isinstance(transport, DeadLetters):
             raise NotSupported(f"the transport {transport.context.name!r} keeps no dead letters of its own")
-        ids = [letter.id for letter in transport.dead_get(ids)]  # of others neither result nor tombstone may go
-        if self._backend.features.keeps:
-            self._backend.delete(ids)  # a terminal result would win over the new run's
-        if isinstance(transport, Tombstones):
-            transport.exhume(ids)
-        return transport.dead_requeue(ids)
+        messages: dict[str, Outgoing] = {}
+        for letter in transport.dead_get(list(ids)):
+            delivery = Delivery(letter.queue, letter.id, letter.body, letter.headers, None)
+            try:
+                messages[letter.id] = self._codec.renew(delivery)
+            except CodecError as error:
+                log.warning("dead letter %r stays: %s", letter.id[:255], error)
+        found = list(messages)
+        if found and self._backend.features.keeps:
+            self._backend.delete(found)  # a terminal result would win over the new run's
+        if found and isinstance(transport, Tombstones):
+            transport.exhume(found)
+        transport.send([self._fallback.outgoing(message) for message in messages.values()])
+        transport.dead_purge(found)
+        return found
 
     # --- a call becomes a message --------------------------------------------------------------------------
 

@@ -18,11 +18,14 @@ from typing import Any
 from dray.core import wire
 from dray.core.clock import Clock
 from dray.core.contracts import Compressor, Serializer, Signer
-from dray.core.errors import ContentRefused, DecodeError, SignatureError
+from dray.core.errors import ContentRefused, DecodeError, EncodeError, SignatureError
 from dray.core.message import Delivery, Outgoing, State, StoredResult
 
 VERSION = "1"
 _LISTS = (list, tuple)
+_HISTORY = frozenset({"attempt", "crashes", "since", "eta", "expires", "issued", "sig"})
+"""Headers that say what has happened to a call so far, or when it was meant to be."""
+_LEVELS = frozenset("0123456789")
 FUTURE_S = 300.0
 """A signed message may come from a clock that is this much ahead of ours."""
 
@@ -123,6 +126,18 @@ class Codec:
         if self.signer is not None:
             self._verify(delivery.headers, delivery.queue, delivery.id, delivery.body)
 
+    def renew(self, delivery: Delivery) -> Outgoing:
+        """The same call as if it were made now: for a dead letter. Raises ``CodecError`` when it is not genuine."""
+        if self.signer is not None:
+            unsigned = {key: value for key, value in delivery.headers.items() if key != "sig"}
+            self._check_signature(
+                delivery.headers, _signed_bytes(b"call", unsigned, delivery.queue, delivery.id, delivery.body)
+            )
+        headers = {key: value for key, value in delivery.headers.items() if key not in _HISTORY}
+        sealed = self.seal(headers, delivery.queue, delivery.id, delivery.body)
+        priority = headers.get("prio", "0")
+        return Outgoing(delivery.queue, delivery.id, delivery.body, sealed, int(priority) if priority in _LEVELS else 0)
+
     # --- results -------------------------------------------------------------------------------------------
 
     def encode_result(self, task_id: str, value: object, state: State = State.SUCCESS) -> bytes:
@@ -177,7 +192,10 @@ class Codec:
     def _serializer(self, name: str) -> Serializer:
         found = self._serializers.get(name)
         if found is None:
-            found = self._serializers[name] = self._load_serializer(name)
+            found = self._load_serializer(name)
+            if not isinstance(found, Serializer):
+                raise EncodeError(f"{name!r} is no serializer of its own: choose it as the configuration's serializer")
+            self._serializers[name] = found
         return found
 
     def _find_compressor(self, name: str) -> Compressor:

@@ -126,10 +126,11 @@ class Transport(Plugin, ABC):
     """
 
     features: TransportFeatures
-    """Of the class: what it can do; an instance may refine them by its options, and by what it finds on ``open``."""
+    """Of the class: what it can do. An instance refines them by its options when it is built; ``open`` may lower
+    ``durability`` to what it finds, and nothing else, because the rest is decided before."""
 
     def open(self) -> None:
-        """Connect and probe; may refine ``self.features``. Idempotent. Raises ``Unavailable``."""
+        """Connect and probe. Idempotent. Raises ``Unavailable``."""
         return
 
     def declare(self, queues: Sequence[str]) -> None:
@@ -224,10 +225,6 @@ class DeadLetters(Protocol):
         """The dead letters with these task ids."""
         ...
 
-    def dead_requeue(self, ids: Sequence[str]) -> list[str]:
-        """Put these back into their queues, at the end, delivery count 0; return the ids that were."""
-        ...
-
     def dead_purge(self, ids: Sequence[str]) -> list[str]:
         """Delete these for ever; return the ids that were."""
         ...
@@ -240,11 +237,11 @@ class Tombstones(Protocol):
     A stored fact, as durable as a message. Any thread.
     """
 
-    def bury(self, marks: Mapping[str, str], expires_at: float) -> set[str]:
-        """Remember each id with its mark (short text) until ``expires_at``, and remove waiting messages of that id.
+    def bury(self, marks: Mapping[str, str], expires_at: float, remove_waiting: bool = True) -> set[str]:
+        """Remember each id with its mark (short text) until ``expires_at``.
 
-        Returns the ids of which a waiting message (never handed out, or given back) was removed: best effort
-        while others send and receive.
+        ``remove_waiting``: also remove waiting messages of these ids (never handed out, or given back); returns the ids
+        of which one was removed, best effort while others send and receive. May look through whole queues.
         """
         ...
 

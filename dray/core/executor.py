@@ -272,6 +272,11 @@ class TaskExecutor:
                 with contextlib.suppress(asyncio.CancelledError):
                     return loop.run_until_complete(running)
             raise
+        finally:
+            if left := asyncio.all_tasks(loop):  # what it started and did not wait for must not run into the next task
+                for task in left:
+                    task.cancel()
+                loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
 
     # --- after the function --------------------------------------------------------------------------------
 

@@ -41,7 +41,7 @@ class Intake:
         parts = self._parts
         self._target = self._demand.target(self._done, parts.clock.monotonic())
         wanted = self._demand.wanted(self.held, self._target)
-        if wanted <= 0 or parts.settler.backlog > BACKLOG_MAX:
+        if wanted <= 0 or parts.settler.backlog > BACKLOG_MAX or parts.settler.store_is_away:
             return False
         if self._consumer is None:
             self._consumer = parts.transport.consumer(parts.queues, wanted)

@@ -78,10 +78,13 @@ class Results:
         deadline = None if timeout_s is None else self._clock.monotonic() + timeout_s
         pause_s = 0.002
         while True:
-            for key, stored in (await asyncio.to_thread(self._backend.fetch, list(left))).items():
-                if stored.state in TERMINAL:
-                    del left[key]
-                    found[key] = self.decode(stored)
+            wanted = list(left)
+            for at in range(0, len(wanted), SLICE):
+                known = await asyncio.to_thread(self._backend.fetch, wanted[at : at + SLICE])
+                for key, stored in known.items():
+                    if stored.state in TERMINAL:
+                        del left[key]
+                        found[key] = self.decode(stored)
             if not left:
                 return found
             if deadline is not None and self._clock.monotonic() >= deadline:
@@ -193,8 +196,9 @@ class AsyncResult(Generic[R]):
 class GroupResult(Generic[R]):
     """The results of a batch of calls, in the order they were given."""
 
-    def __init__(self, ids: Sequence[str], results: Results, revoker: Revoker) -> None:
+    def __init__(self, ids: Sequence[str], results: Results, revoker: Revoker, ignored: bool = False) -> None:
         self.ids = list(ids)
+        self._ignored = ignored
         self._results = results
         self._revoker = revoker
 
@@ -202,20 +206,23 @@ class GroupResult(Generic[R]):
         return len(self.ids)
 
     def __iter__(self) -> Iterator[AsyncResult[R]]:
-        return (AsyncResult(key, self._results, self._revoker) for key in self.ids)
+        return (AsyncResult(key, self._results, self._revoker, self._ignored) for key in self.ids)
 
     def get(self, timeout: float | None = None) -> list[R]:
         """All values, in order. Raises what the first failed one (in order) raised, once all have ended."""
+        self._check()
         found = dict(self._results.wait(self.ids, timeout))
         return [self._results.value(key, found[key]) for key in self.ids]
 
     async def aget(self, timeout: float | None = None) -> list[R]:
         """:meth:`get` for coroutines."""
+        self._check()
         found = await self._results.await_(self.ids, timeout)
         return [self._results.value(key, found[key]) for key in self.ids]
 
     def as_completed(self, timeout: float | None = None) -> Iterator[tuple[str, R | BaseException]]:
         """(id, value or exception) of each as it ends."""
+        self._check()
         for key, snapshot in self._results.wait(self.ids, timeout):
             try:
                 yield key, self._results.value(key, snapshot)
@@ -234,6 +241,10 @@ class GroupResult(Generic[R]):
     def forget(self) -> None:
         """Delete all stored results."""
         self._results.delete(self.ids)
+
+    def _check(self) -> None:
+        if self._ignored:
+            raise NoResults("a task of this batch says ignore_result: not all results are kept")
 
     def __repr__(self) -> str:
         return f"<GroupResult of {len(self.ids)}>"

@@ -124,6 +124,8 @@ def decide(policy: Policy | None, retries: int, error: BaseException, random: Ra
     """Seconds to wait before the next run after ``error``, or None to give up. ``retries``: how many there were."""
     if isinstance(error, Retry):
         policy = Policy.of(error, policy)
+        if error.delay is not None:  # asked for in so many seconds: they are meant
+            policy = policy._replace(backoff=error.backoff or 1.0, jitter=error.jitter or 0.0)
     elif policy is None or not _matches(policy.on, error):
         return None
     if retries >= policy.max:

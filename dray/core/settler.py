@@ -43,6 +43,7 @@ class Settler:
         *,
         store_timeout_s: float,
         remember_ended_s: float | None,
+        undeliverable: Callable[[Delivery, str], Outcome],
         verify: Callable[[Delivery], None] = lambda _: None,
     ) -> None:
         self._transport = transport
@@ -52,6 +53,7 @@ class Settler:
         self._random = random
         self._faults = faults
         self._store_timeout_s = store_timeout_s
+        self._undeliverable = undeliverable
         self._remember_ended_s = remember_ended_s  # set when messages are signed: a replay must not run again
         self._verify = verify
         self._lock = threading.Lock()  # guards what follows
@@ -67,6 +69,8 @@ class Settler:
         """Set when there is something for :meth:`step`."""
         self.settled = 0
         """How many deliveries were settled so far."""
+        self.store_is_away = False
+        """Tasks were given back because results could not be stored: no more should be taken until it answers again."""
 
     # --- what comes in -------------------------------------------------------------------------------------
 
@@ -112,7 +116,7 @@ class Settler:
             self.wake.clear()
             reports = self._take()
             if not self._batch and not reports:
-                return NOTHING_TO_DO
+                return self._look_for_store() if self.store_is_away else NOTHING_TO_DO
             self._store_reports(reports)
             if not self._batch:
                 return 0.0
@@ -178,7 +182,7 @@ class Settler:
             elif settlement.action is Action.DEAD and self._is_genuine(settlement.delivery):
                 ended[settlement.delivery.id] = "dead"
         if ended:
-            self._transport.bury(ended, self._clock.time() + self._remember_ended_s)
+            self._transport.bury(ended, self._clock.time() + self._remember_ended_s, remove_waiting=False)
 
     def _is_genuine(self, delivery: Delivery) -> bool:
         """False for a message with a bad signature: it must not make the genuine one of the same id count as ended."""
@@ -216,11 +220,20 @@ class Settler:
                 else Outcome(Settlement(outcome.settlement.delivery, Action.RELEASE), None)
                 for outcome in self._batch
             ]
-            self._stored = True
+            self._stored = self.store_is_away = True
             return 0.0
         pause_s = self._pause_s * self._random.uniform(0.5, 1.0)
         self._pause_s = min(self._pause_s * 2, LONGEST_PAUSE_S)
         return pause_s
+
+    def _look_for_store(self) -> float:
+        try:
+            self._backend.fetch(["dray"])
+        except TransportError:
+            return LONGEST_PAUSE_S
+        self.store_is_away = False
+        log.warning("the result back end is back")
+        return NOTHING_TO_DO
 
     def _isolate(self, error: Exception) -> float:
         """An error that is not the store's state: find the outcome that causes it, and put that message aside."""
@@ -231,13 +244,14 @@ class Settler:
                 self._waiting.extendleft(reversed(batch[half:]))
             self._batch = batch[:half]
             return 0.0
-        delivery, action, then, _ = batch[0].settlement
-        if action is Action.DEAD and not then and batch[0].result is None:
+        (delivery, action, then, reason), result = batch[0]
+        if action is not Action.DEAD or then:
+            self._batch, self._stored = [self._undeliverable(delivery, f"its outcome could not be written: {brief(error)}")], False
+        elif result is not None:
+            self._batch = [Outcome(Settlement(delivery, Action.DEAD, (), reason), None)]
+        else:
             log.error("task %s cannot even be dead-lettered; its lease is left to run out", delivery.id)
             self._done(batch)
-        else:
-            reason = f"its outcome could not be written: {brief(error)}"
-            self._batch = [Outcome(Settlement(delivery, Action.DEAD, (), reason), None)]
         return 0.0
 
     # --- leases --------------------------------------------------------------------------------------------

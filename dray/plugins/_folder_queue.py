@@ -274,12 +274,6 @@ class FolderQueue:
             reason = ""
         return DeadLetter(id_, self.queue, body, headers, reason, int(entry[:16], 16) / 1e6, name.deliveries)
 
-    def requeue(self, entry: str, name: Name, now: float) -> bool:
-        anew = name._replace(time=microseconds(now), unique=unique(), deliveries=0)
-        done = self.place(f"{self.dead}/{entry}", anew)
-        self._drop_reason(entry)
-        return done
-
     def forget(self, entry: str) -> bool:
         """Delete a dead letter."""
         try:

@@ -83,7 +83,7 @@ class MemoryStore:
         self.lock = threading.Lock()
         self.queues: dict[str, Queue] = {}
         self.leases: dict[int, Lease] = {}
-        self.dead: dict[int, tuple[DeadLetter, int]] = {}
+        self.dead: dict[int, DeadLetter] = {}
         """Dead letters in the order they died, each with its priority."""
         self.waiters: set[Waiter] = set()
         self._numbers = itertools.count(1)
@@ -162,7 +162,7 @@ class MemoryStore:
         delayed = (self.queues[name].delayed for name in queues if name in self.queues)
         return min([self._first_expiry, *(heap[0][0] for heap in delayed if heap)])
 
-    def bury(self, marks: Mapping[str, str], expires_at: float, now: float) -> set[str]:
+    def bury(self, marks: Mapping[str, str], expires_at: float, now: float) -> None:
         while self._mark_expiries and self._mark_expiries[0][0] <= now:
             _, old = heapq.heappop(self._mark_expiries)
             if old in self._marks and self._marks[old][1] <= now:
@@ -170,7 +170,10 @@ class MemoryStore:
         for key, mark in marks.items():
             self._marks[key] = (mark, expires_at)
             heapq.heappush(self._mark_expiries, (expires_at, key))
-        return set().union(*(queue.remove(marks) for queue in self.queues.values()))
+
+    def remove_waiting(self, ids: Iterable[str]) -> set[str]:
+        wanted = set(ids)
+        return set().union(*(queue.remove(wanted) for queue in self.queues.values()))
 
     def buried(self, ids: Iterable[str], now: float) -> dict[str, str]:
         known = ((key, self._marks[key]) for key in ids if key in self._marks)

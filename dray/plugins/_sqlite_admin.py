@@ -11,7 +11,6 @@ from dray.core.errors import DecodeError, TransportError
 from dray.core.message import DeadLetter, Outgoing, QueueStats
 from dray.core.wire import unpack_headers
 from dray.plugins._sqlite import Database, spread
-from dray.plugins._sqlite_bell import queue_keys, take_waiters
 
 _AT_ONCE = 5000
 """Rows deleted in one transaction: others get their turn in between."""
@@ -121,22 +120,6 @@ def dead_get(db: sqlite3.Connection, ids: Sequence[str]) -> list[DeadLetter]:
     return [_letter(row) for marks, chunk in spread(ids) for row in db.execute(f"{_DEAD} WHERE id IN ({marks})", chunk)]
 
 
-def dead_requeue(db: sqlite3.Connection, ids: Sequence[str], now: float) -> tuple[list[str], set[str]]:
-    """The ids that were put back, and the bells to ring after the commit."""
-    found: dict[str, None] = {}
-    queues_: set[str] = set()
-    for marks, chunk in spread(ids):
-        db.execute(
-            "INSERT INTO message (queue, id, rank, due, count, born, headers, body) "  # noqa: S608
-            f"SELECT queue, id, rank, 0, 0, ?, headers, body FROM dead WHERE id IN ({marks}) ORDER BY seq",
-            (now, *chunk),
-        )
-        rows = db.execute(f"DELETE FROM dead WHERE id IN ({marks}) RETURNING id, queue", chunk).fetchall()  # noqa: S608
-        found.update((row[0], None) for row in rows)
-        queues_.update(row[1] for row in rows)
-    return list(found), take_waiters(db, queue_keys(queues_))
-
-
 def dead_purge(db: sqlite3.Connection, ids: Sequence[str]) -> list[str]:
     found: dict[str, None] = {}
     for marks, chunk in spread(ids):
@@ -153,7 +136,7 @@ def _letter(row: tuple[str, str, bytes, bytes, str, float, int]) -> DeadLetter:
 # --- tombstones --------------------------------------------------------------------------------------------
 
 
-def bury(database: Database, marks: Mapping[str, str], expires_at: float) -> set[str]:
+def bury(database: Database, marks: Mapping[str, str], expires_at: float, remove_waiting: bool) -> set[str]:
     """There is no index on ids: the long look is taken beside the writers, and only at new rows under their lock.
 
     What slips through in between is not removed, and not run either: the worker asks for tombstones.
@@ -173,11 +156,13 @@ def bury(database: Database, marks: Mapping[str, str], expires_at: float) -> set
     def first(db: sqlite3.Connection) -> tuple[list[tuple[int, str]], int]:
         return look(db, 0), db.execute("SELECT coalesce(max(seq), 0) FROM message").fetchone()[0]
 
-    waiting, last = database.read(first)
+    waiting, last = database.read(first) if remove_waiting else ([], 0)
 
     def work(db: sqlite3.Connection) -> set[str]:
         rows = [(id_, mark, expires_at) for id_, mark in marks.items()]
         db.executemany("INSERT OR REPLACE INTO tombstone VALUES (?, ?, ?)", rows)
+        if not remove_waiting:
+            return set()
         delete = "DELETE FROM message WHERE seq = ? AND id = ? AND epoch IS NULL"
         return {row[1] for row in waiting + look(db, last) if db.execute(delete, row).rowcount}
 

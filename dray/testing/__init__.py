@@ -12,26 +12,33 @@ if TYPE_CHECKING:
     from dray.testing.backends import ResultBackendConformance
     from dray.testing.clock import FakeClock
     from dray.testing.compressors import CompressorConformance
+    from dray.testing.driver import Call, InlineWorker, Run
     from dray.testing.harness import plugin_context
     from dray.testing.pools import PoolConformance
     from dray.testing.serializers import SerializerConformance
     from dray.testing.transports import TransportConformance
 
 __all__ = [
+    "Call",
     "CompressorConformance",
     "FakeClock",
+    "InlineWorker",
     "PoolConformance",
     "ResultBackendConformance",
+    "Run",
     "SerializerConformance",
     "TransportConformance",
     "plugin_context",
 ]
 
 _HOMES = {
+    "Call": "dray.testing.driver",
     "CompressorConformance": "dray.testing.compressors",
     "FakeClock": "dray.testing.clock",
+    "InlineWorker": "dray.testing.driver",
     "PoolConformance": "dray.testing.pools",
     "ResultBackendConformance": "dray.testing.backends",
+    "Run": "dray.testing.driver",
     "SerializerConformance": "dray.testing.serializers",
     "TransportConformance": "dray.testing.transports",
     "plugin_context": "dray.testing.harness",

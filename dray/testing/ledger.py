@@ -247,7 +247,7 @@ def audit(
     Producers should have ended. Without stores a task that was confirmed and has not run to its end counts as lost.
     """
     states, ran = read_ledger(ledger), read_runs(runs)
-    report = Report(sent={state: 0 for state in ("confirmed", "uncertain", "failed")}, runs=len(ran))
+    report = Report(sent=dict.fromkeys(("confirmed", "uncertain", "failed"), 0), runs=len(ran))
     report.sent.update(Counter(states.values()))
     report.extra_runs_max = extra_runs
     ids = set(states)

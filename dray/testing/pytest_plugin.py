@@ -34,21 +34,22 @@ def dray_app(request: pytest.FixtureRequest) -> Dray:
     """
     name = str(request.config.getini(INI) or "")
     if not name:
-        raise pytest.UsageError(
-            f"which app? Set `{INI} = module:app` in pytest's configuration, or define a fixture {INI!r} that returns it"
+        pytest.fail(
+            f"which app? Set `{INI} = module:app` in pytest's configuration, or define a fixture {INI!r} that returns it",
+            pytrace=False,
         )
     module_name, _, attribute = name.partition(":")
     try:
         app: object = getattr(importlib.import_module(module_name), attribute or "app")
     except (ImportError, AttributeError) as error:
-        raise pytest.UsageError(
-            f"{INI} = {name}: {error}; it is module:app, and the module must be importable: see pytest's option "
-            "`pythonpath`"
-        ) from error
+        pytest.fail(
+            f"{INI} = {name}: {error}; it is module:app, and the module must be importable (pytest's `pythonpath` helps)",
+            pytrace=False,
+        )
     from dray.core.app import Dray
 
     if not isinstance(app, Dray):
-        raise pytest.UsageError(f"{INI} = {name}: this is a {type(app).__name__}, not a Dray app")
+        pytest.fail(f"{INI} = {name}: this is a {type(app).__name__}, not a Dray app", pytrace=False)
     return app
 
 

@@ -30,6 +30,7 @@ class Odds(NamedTuple):
 
 
 QUIET = Odds()
+KEEPS_RENEWAL_WAITING = ("transport.extend", "transport.settle", "transport.buried")
 
 
 class Chaos:
@@ -48,7 +49,7 @@ class Chaos:
 
     def fault(self, what: str) -> None:
         """Count a fault and write it into the trace."""
-        self.counts[what.partition(" ")[0]] += 1
+        self.counts[what.split(maxsplit=1)[0]] += 1
         self.kernel.note(f"! {what}")
 
     def call(
@@ -75,7 +76,7 @@ class Chaos:
         service = what.partition(".")[0]
         if chance < odds.refused or self.outages.get(service, 0.0) > kernel.now:
             self.fault(f"refused {process.name} {what}")
-            self._trouble(process, service)
+            self._trouble(process, what)
             raise Unavailable(f"simulated: {what} was refused")
         chance -= odds.refused
         if 0 <= chance < odds.lost + odds.kill:
@@ -84,7 +85,7 @@ class Chaos:
             if chance >= odds.lost:
                 self.kill(process, f"after {what}")
             self.fault(f"lost {process.name} {what} {len(part)}/{len(items)}")
-            self._trouble(process, service)
+            self._trouble(process, what)
             kernel.sleep(self._latency_s(process, what))
             raise lost(f"simulated: the answer to {what} was lost")
         result = apply(items)
@@ -92,20 +93,20 @@ class Chaos:
             kernel.sleep(self._latency_s(process, what))
         return result
 
-    def _trouble(self, process: Process, service: str) -> None:
-        """A second failure within a short time, or an outage, may cost leases; a single one must not."""
-        del service
-        now = self.kernel.now
-        if now - process.failed_at < 4.0:
-            process.troubled_at = now
-        process.failed_at = now
+    def _trouble(self, process: Process, what: str) -> None:
+        """Two renewals in a row that failed may cost leases; a single one must not."""
+        if what == "transport.extend":
+            if self.kernel.now - process.failed_at < 4.0:
+                process.troubled_at = self.kernel.now
+            process.failed_at = self.kernel.now
 
     def _latency_s(self, process: Process, what: str) -> float:
         draw = self.kernel.random
         if self.odds.slow and draw.random() < self.odds.slow:
             seconds = draw.uniform(0.5, 6.0)
             self.fault(f"slow {process.name} {what} {seconds:.1f}")
-            process.troubled_at = max(process.troubled_at, self.kernel.now + seconds)
+            if what in KEEPS_RENEWAL_WAITING:
+                process.troubled_at = max(process.troubled_at, self.kernel.now + seconds)
             return seconds
         return draw.random() * 0.02
 

@@ -13,6 +13,7 @@ import os
 import random
 import threading
 from collections.abc import Callable, Iterator
+from typing import Any
 
 EPOCH = 1_800_000_000.0
 """What the wall clock of a simulated world shows when it begins."""
@@ -50,7 +51,7 @@ class Process:
 class Fiber:
     """A simulated thread."""
 
-    __slots__ = ("done", "joiners", "name", "process", "thread", "ticket", "turn")
+    __slots__ = ("done", "joiners", "name", "process", "slot", "thread", "ticket", "turn")
 
     def __init__(self, process: Process, name: str) -> None:
         self.process = process
@@ -61,6 +62,8 @@ class Fiber:
         self.done = False
         self.joiners: list[Fiber] = []
         self.thread: threading.Thread | None = None
+        self.slot: Any = None
+        """The slot of the pool that runs a task here."""
 
 
 class Kernel:
@@ -126,7 +129,7 @@ class Kernel:
             run()
         except Killed:
             pass
-        except BaseException as error:  # noqa: BLE001  (a fiber that ends so is a finding, never a hanging simulation)
+        except BaseException as error:
             self.failures.append(f"{fiber.name} ended with {error!r}")
         fiber.done = True
         fiber.process.fibers.remove(fiber)

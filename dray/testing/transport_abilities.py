@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from dray.core.message import Action, Settlement
+from dray.core.message import Action, Outgoing, Settlement
 from dray.testing.harness import ODD_NAMES, needs
 
 if TYPE_CHECKING:
@@ -152,7 +152,8 @@ class AbilityTests(TransportHarness):
         assert transport.dead_list("unknown", 10) == []
 
     @needs("dead_letter")
-    def test_a_requeued_dead_letter_starts_anew(self) -> None:
+    def test_a_dead_letter_can_be_sent_again(self) -> None:
+        """As the core does it: sent, then purged."""
         transport = self.open()
         transport.send([self.message("bad", body=b"data", headers={"a": "b"})])
         consumer = self.consume(transport)
@@ -160,9 +161,10 @@ class AbilityTests(TransportHarness):
             delivery = self.take_one(consumer)
             assert (delivery.body, dict(delivery.headers), delivery.delivery_count) == (b"data", {"a": "b"}, 1)
             assert self.settle(transport, [delivery], Action.DEAD) == []
-            assert transport.dead_requeue(["bad", "unknown"]) == ["bad"]
+            (letter,) = transport.dead_get(["bad", "unknown"])
+            transport.send([Outgoing(letter.queue, letter.id, letter.body, letter.headers)])
+            assert transport.dead_purge([letter.id]) == ["bad"]
             assert transport.dead_list(None, 10) == []
-        assert transport.dead_requeue(["bad"]) == []
 
     @needs("dead_letter")
     def test_a_purged_dead_letter_is_gone(self) -> None:
@@ -171,7 +173,7 @@ class AbilityTests(TransportHarness):
         self.settle(transport, self.take(self.consume(transport), 2), Action.DEAD)
         assert transport.dead_purge(["bad", "unknown"]) == ["bad"]
         assert [letter.id for letter in transport.dead_list(None, 10)] == ["worse"]
-        assert transport.dead_requeue(["bad"]) == []
+        assert transport.dead_purge(["bad"]) == []
 
     @needs("dead_letter", "durable")
     def test_dead_letters_survive_reopening(self) -> None:
@@ -181,8 +183,7 @@ class AbilityTests(TransportHarness):
         transport.close()
         self.restart()
         transport = self.open()
-        assert transport.dead_requeue(["bad"]) == ["bad"]
-        assert self.ids(self.consume(transport)) == ["bad"]
+        assert [letter.id for letter in transport.dead_get(["bad"])] == ["bad"]
 
     @needs("dead_letter")
     def test_dead_letters_with_odd_names_are_found(self) -> None:
@@ -191,8 +192,8 @@ class AbilityTests(TransportHarness):
         self.settle(transport, self.take(self.consume(transport, *ODD_NAMES), len(ODD_NAMES)), Action.DEAD)
         assert {(letter.id, letter.queue) for letter in transport.dead_list(None, 1000)} == {(n, n) for n in ODD_NAMES}
         assert [letter.id for letter in transport.dead_list("../x", 10)] == ["../x"]
-        assert set(transport.dead_requeue(ODD_NAMES)) == set(ODD_NAMES)
-        assert self.ids(self.consume(transport, "a/b")) == ["a/b"]
+        assert {letter.id for letter in transport.dead_get(ODD_NAMES)} == set(ODD_NAMES)
+        assert set(transport.dead_purge(ODD_NAMES)) == set(ODD_NAMES)
 
     # --- tombstones ----------------------------------------------------------------------------------------
 
@@ -228,6 +229,7 @@ class AbilityTests(TransportHarness):
         transport.send([self.message("running")])
         running = self.take_one(consumer)
         transport.send([self.message("waiting"), self.message("other"), self.message("waiting", "elsewhere")])
+        assert transport.bury({"waiting": "r"}, self.clock.time() + 100, remove_waiting=False) == set()
         removed = transport.bury({"running": "r", "waiting": "r", "unknown": "r"}, self.clock.time() + 100)
         assert removed == {"waiting"}
         assert self.ids(self.consume(transport, "q", "elsewhere")) == ["other"]

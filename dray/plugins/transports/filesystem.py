@@ -271,14 +271,6 @@ class FilesystemTransport(Transport):
         with self.working("cannot read dead letters"):
             return [letter for letter, _, _, _ in admin.dead(self._all_queues(), ids)]
 
-    def dead_requeue(self, ids: Sequence[str]) -> list[str]:
-        now = self.context.clock.time()
-        with self.working("cannot requeue dead letters"):
-            found = admin.dead(self._all_queues(), ids)
-            done = [letter for letter, source, entry, name in found if source.requeue(entry, name, now)]
-            poke(self._waiters, {letter.queue for letter in done})
-            return [letter.id for letter in done]
-
     def dead_purge(self, ids: Sequence[str]) -> list[str]:
         with self.working("cannot purge dead letters"):
             found = admin.dead(self._all_queues(), ids)
@@ -286,10 +278,10 @@ class FilesystemTransport(Transport):
 
     # --- Tombstones ----------------------------------------------------------------------------------------
 
-    def bury(self, marks: Mapping[str, str], expires_at: float) -> set[str]:
+    def bury(self, marks: Mapping[str, str], expires_at: float, remove_waiting: bool = True) -> set[str]:
         with self.working("cannot write tombstones"):
             self._tombstones.write(marks, expires_at, self.context.clock.time())
-            return admin.remove_waiting(self._all_queues(), list(marks)) if marks else set()
+            return admin.remove_waiting(self._all_queues(), list(marks)) if marks and remove_waiting else set()
 
     def buried(self, ids: Sequence[str]) -> dict[str, str]:
         with self.working("cannot read tombstones"):

@@ -98,7 +98,7 @@ class MemoryTransport(Transport):
                     letter = DeadLetter(
                         message.id, message.queue, message.body, message.headers, reason or "", now, count
                     )
-                    store.dead[delivery.receipt] = (letter, message.priority)
+                    store.dead[delivery.receipt] = letter
             if released:
                 store.give_back(released, now, 1)
         return lost
@@ -113,13 +113,13 @@ class MemoryTransport(Transport):
     def queues(self) -> list[str]:
         store = self.opened()
         with store.lock:
-            return sorted({*store.queues, *(letter.queue for letter, _ in store.dead.values())})
+            return sorted({*store.queues, *(letter.queue for letter in store.dead.values())})
 
     def stats(self, queues: Sequence[str]) -> dict[str, QueueStats]:
         store, now = self.opened(), self.context.clock.time()
         with store.lock:
             leased = Counter(lease.message.queue for lease in store.leases.values())
-            dead = Counter(letter.queue for letter, _ in store.dead.values())
+            dead = Counter(letter.queue for letter in store.dead.values())
             found: dict[str, QueueStats] = {}
             for name in queues:
                 queue = store.queues.get(name) or Queue()
@@ -152,38 +152,26 @@ class MemoryTransport(Transport):
     def dead_list(self, queue: str | None, limit: int) -> list[DeadLetter]:
         store = self.opened()
         with store.lock:
-            newest = (letter for letter, _ in reversed(store.dead.values()) if queue in {None, letter.queue})
+            newest = (letter for letter in reversed(store.dead.values()) if queue in {None, letter.queue})
             return list(itertools.islice(newest, limit))
 
     def dead_get(self, ids: Sequence[str]) -> list[DeadLetter]:
         store, wanted = self.opened(), set(ids)
         with store.lock:
-            return [letter for letter, _ in store.dead.values() if letter.id in wanted]
-
-    def dead_requeue(self, ids: Sequence[str]) -> list[str]:
-        store = self.opened()
-        with store.lock:
-            taken = self._take_dead(ids)
-            messages = [
-                Outgoing(letter.queue, letter.id, letter.body, letter.headers, level) for letter, level in taken
-            ]
-            store.put(messages, self.context.clock.time())
-            return [message.id for message in messages]
+            return [letter for letter in store.dead.values() if letter.id in wanted]
 
     def dead_purge(self, ids: Sequence[str]) -> list[str]:
         with self.opened().lock:
-            return [letter.id for letter, _ in self._take_dead(ids)]
-
-    def _take_dead(self, ids: Sequence[str]) -> list[tuple[DeadLetter, int]]:
-        dead, wanted = self.store.dead, set(ids)
-        return [dead.pop(number) for number, (letter, _) in list(dead.items()) if letter.id in wanted]
+            dead, wanted = self.store.dead, set(ids)
+            return [dead.pop(number).id for number, letter in list(dead.items()) if letter.id in wanted]
 
     # --- Tombstones ----------------------------------------------------------------------------------------
 
-    def bury(self, marks: Mapping[str, str], expires_at: float) -> set[str]:
+    def bury(self, marks: Mapping[str, str], expires_at: float, remove_waiting: bool = True) -> set[str]:
         store = self.opened()
         with store.lock:
-            return store.bury(marks, expires_at, self.context.clock.time())
+            store.bury(marks, expires_at, self.context.clock.time())
+            return store.remove_waiting(marks) if remove_waiting else set()
 
     def buried(self, ids: Sequence[str]) -> dict[str, str]:
         store = self.opened()

@@ -288,19 +288,11 @@ class SqliteTransport(Transport):
     def dead_get(self, ids: Sequence[str]) -> list[DeadLetter]:
         return self.database.read(lambda db: admin.dead_get(db, ids))
 
-    def dead_requeue(self, ids: Sequence[str]) -> list[str]:
-        def work(db: sqlite3.Connection) -> tuple[list[str], set[str]]:
-            return admin.dead_requeue(db, ids, self._now())
-
-        found, waiters = self.database.write(work)
-        bells.ring(self.database.path, waiters)
-        return found
-
     def dead_purge(self, ids: Sequence[str]) -> list[str]:
         return self.database.write(lambda db: admin.dead_purge(db, ids))
 
-    def bury(self, marks: Mapping[str, str], expires_at: float) -> set[str]:
-        return admin.bury(self.database, marks, expires_at)
+    def bury(self, marks: Mapping[str, str], expires_at: float, remove_waiting: bool = True) -> set[str]:
+        return admin.bury(self.database, marks, expires_at, remove_waiting)
 
     def buried(self, ids: Sequence[str]) -> dict[str, str]:
         return self.database.read(lambda db: admin.buried(db, ids, self._now()))
