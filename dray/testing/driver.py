@@ -13,20 +13,16 @@ from types import TracebackType
 from typing import Any, NamedTuple
 
 from dray.core.app import Connections, Dray
-from dray.core.assembly import assemble_parts
 from dray.core.contracts import ResultBackend
 from dray.core.errors import DrayError, ResultTimeout
 from dray.core.executor import attempt_of
-from dray.core.intake import Intake
-from dray.core.keeper import Keeper
-from dray.core.message import TERMINAL, Action, DeadLetter, Delivery, Outcome, Outgoing, Settlement, State
+from dray.core.message import TERMINAL, Action, DeadLetter, Delivery, Outgoing, Settlement, State
 from dray.core.options import parse_seconds
 from dray.core.result import Results, Snapshot
-from dray.core.settler import NOTHING_TO_DO
 from dray.plugins.backends.memory import MemoryBackend
-from dray.plugins.transports.memory import MemoryConsumer, MemoryTransport
+from dray.plugins.backends.null import NullBackend
 from dray.testing.clock import FakeClock
-from dray.testing.inline_pool import InlinePool
+from dray.testing.inline_steps import InlineSteps, PolledTransport
 
 TASKS_MAX = 10_000
 """A single call of the driver that runs more tasks than this is taken for an endless loop."""
@@ -91,6 +87,7 @@ class InlineWorker:
         self._seed = seed
         self._settings = settings
         self._crash: str | None = None
+        self._running = 0
         self._exit = contextlib.ExitStack()
 
     def __enter__(self) -> InlineWorker:
@@ -98,15 +95,14 @@ class InlineWorker:
             clock=self.clock, ids=_Numbered(), random_source=random.Random(self._seed), **self._settings
         )
         twin.import_tasks()
-        self._transport = _PolledTransport(MemoryTransport.Options(), twin.plugin_context("transports", "memory"))
-        backend: ResultBackend = MemoryBackend(MemoryBackend.Options(), twin.plugin_context("backends", "memory"))
-        if twin.config.backend.use == "null":
-            backend = twin.backend
+        self._transport = PolledTransport(PolledTransport.Options(), twin.plugin_context("transports", "memory"))
+        kind = NullBackend if twin.config.backend.use == "null" else MemoryBackend
+        backend: ResultBackend = kind(kind.Options(), twin.plugin_context("backends", "memory"))
         self._connections: Connections = twin.compose(self._transport, backend, self._make_results)
         with contextlib.ExitStack() as stack:
             stack.enter_context(twin.substituted(self._connections))
             stack.enter_context(self.app.substituted(self._connections))
-            self._assemble()
+            self._workers = [InlineSteps(twin)]
             self._exit = stack.pop_all()
         return self
 
@@ -178,59 +174,49 @@ class InlineWorker:
 
     # --- pieces --------------------------------------------------------------------------------------------
 
-    def _assemble(self) -> None:
-        """A new worker."""
-        self._queues: list[str] = []
-        self._pool = InlinePool(self._twin.plugin_context("pools", "inline"))
-        self._parts = parts = assemble_parts(self._twin, "inline", self._queues, self._pool)
-        self._intake = Intake(parts)
-        self._keeper = Keeper(parts, self._intake)
-        self._pool.start(parts.executor, self._done, parts.settler.report)
-
-    def _done(self, outcomes: Sequence[Outcome]) -> None:
-        self._parts.settler.collect(outcomes)
-        self._intake.done(len(outcomes))
-
     def _step(self) -> bool:
-        """One round of a worker: receive, run one, look after leases, settle. False: nothing was there."""
+        """One round of a worker: look after leases, receive, run one, settle. False: nothing was there."""
         for part in (self._transport, self._connections.backend):
             part.open()  # the code under test may have closed the app
-        queues = self._transport.queues()
-        if queues != self._queues:
-            self._queues[:] = queues
-            self._intake.disconnect()
-        self._keeper.step()
-        self._intake.step()
-        settled = self._settle()  # what was refused without running
-        if self._pool.next() is None:
-            return settled
-        self._run()
-        self._settle()
+        for worker in self._workers:
+            worker.keeper.step()
+        worker = self._workers[-1]
+        refused = worker.receive(self._transport.queues())
+        delivery = worker.pool.next()
+        if delivery is None:
+            return refused
+        self._run(worker, self._call(delivery))
+        worker.settle()
         return True
 
-    def _settle(self) -> bool:
-        before = self._parts.settler.settled
-        while self._parts.settler.step() != NOTHING_TO_DO:
-            pass
-        return self._parts.settler.settled > before
-
-    def _run(self) -> None:
-        delivery = self._pool.next()
-        assert delivery is not None
+    def _run(self, worker: InlineSteps, call: Call) -> None:
         crash, self._crash = self._crash, None
-        call = self._call(delivery)
-        if crash == "worker":
-            self.runs.append(Run(call, "CRASHED"))
-            dead = self._pool
-            self._assemble()
-            dead.run_unheard()
-            return
-        settlement = self._pool.run_next(crash=crash is not None).settlement
-        self.runs.append(Run(call, "CRASHED" if crash else _state(settlement)))
+        self._running += 1
+        try:
+            if crash == "worker":
+                worker.pool.run_unheard()
+                self._workers[-1] = InlineSteps(self._twin)
+                state = "CRASHED"
+            else:
+                settlement = worker.pool.run_next(crash=crash is not None).settlement
+                state = "CRASHED" if crash else _state(settlement)
+        finally:
+            self._running -= 1
+        self.runs.append(Run(call, state))
+
+    @contextlib.contextmanager
+    def _another_worker(self) -> Iterator[None]:
+        """A task waits for others: another worker runs them, this one is busy."""
+        self._workers.append(InlineSteps(self._twin))
+        try:
+            yield
+        finally:
+            self._workers.pop().end()
 
     def _next_event(self) -> float:
         """When a delayed message is due, or the lease of a crashed worker ends."""
-        store, ours = self._transport.opened(), {delivery.receipt for delivery in self._parts.settler.in_flight()}
+        store = self._transport.opened()
+        ours = {delivery.receipt for worker in self._workers for delivery in worker.parts.settler.in_flight()}
         with store.lock:
             leases = [lease.until for receipt, lease in store.leases.items() if receipt not in ours]
             delayed = [queue.delayed[0][0] for queue in store.queues.values() if queue.delayed]
@@ -264,18 +250,19 @@ class InlineWorker:
 
     def _wait_for(self, ids: Sequence[str], timeout_s: float | None) -> None:
         """Run, and let time pass, until all these have ended. Raises ``ResultTimeout``."""
-        end = None if timeout_s is None else self.clock.time() + timeout_s
-        self.run_until_idle()
-        while len(self._ended(ids)) < len(set(ids)):
-            due = self._next_event()
-            if due == math.inf or (end is not None and due > end):
-                ended = self._ended(ids)
-                first = next(key for key in ids if key not in ended)
-                why = "nothing that is queued will bring it" if due == math.inf else f"not there after {timeout_s} s"
-                self._move_to(self.clock.time() if end is None else end)
-                raise ResultTimeout(f"the result of {first}: {why}")
-            self._move_to(due)
+        with self._another_worker() if self._running else contextlib.nullcontext():
+            end = None if timeout_s is None else self.clock.time() + timeout_s
             self.run_until_idle()
+            while left := [key for key in ids if key not in self._ended(ids)]:
+                due = self._next_event()
+                if due == math.inf or (end is not None and due > end):
+                    why = (
+                        "nothing that is queued will bring it" if due == math.inf else f"not there after {timeout_s} s"
+                    )
+                    self._move_to(self.clock.time() if end is None else end)
+                    raise ResultTimeout(f"the result of {left[0]}: {why}")
+                self._move_to(due)
+                self.run_until_idle()
 
     def _ended(self, ids: Sequence[str]) -> set[str]:
         return {key for key, stored in self._connections.backend.fetch(ids).items() if stored.state in TERMINAL}
@@ -297,18 +284,6 @@ class _DrivenResults(Results):
         self.require(ids)
         self._wait_for(ids, timeout_s)
         return await super().await_(ids, timeout_s)
-
-
-class _PolledTransport(MemoryTransport):
-    """A memory transport on which nobody waits."""
-
-    def consumer(self, queues: Sequence[str], buffer: int) -> MemoryConsumer:
-        return _PolledConsumer(self, self.opened(), queues)
-
-
-class _PolledConsumer(MemoryConsumer):
-    def receive(self, limit: int, timeout_s: float) -> list[Delivery]:
-        return super().receive(limit, 0.0)
 
 
 class _Numbered:

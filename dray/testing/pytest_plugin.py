@@ -35,7 +35,7 @@ def dray_app(request: pytest.FixtureRequest) -> Dray:
     name = str(request.config.getini(INI) or "")
     if not name:
         pytest.fail(
-            f"which app? Set `{INI} = module:app` in pytest's configuration, or define a fixture {INI!r} that returns it",
+            f"which app? Set `{INI} = module:app` in pytest's configuration, or define a fixture {INI!r}",
             pytrace=False,
         )
     module_name, _, attribute = name.partition(":")
@@ -43,7 +43,7 @@ def dray_app(request: pytest.FixtureRequest) -> Dray:
         app: object = getattr(importlib.import_module(module_name), attribute or "app")
     except (ImportError, AttributeError) as error:
         pytest.fail(
-            f"{INI} = {name}: {error}; it is module:app, and the module must be importable (pytest's `pythonpath` helps)",
+            f"{INI} = {name}: {error}; it is module:app, importable from here (pytest's `pythonpath` helps)",
             pytrace=False,
         )
     from dray.core.app import Dray

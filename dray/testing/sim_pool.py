@@ -168,20 +168,23 @@ class SimPool(Pool):
                 self.kernel.pause()
                 self._idle.remove(slot)
                 continue
-            slot.delivery, slot.picked_at = self._queue.popleft(), self.kernel.now
-            self.kernel.sleep(self.kernel.random.random() * 0.002)
-            outcome = self._run(slot, slot.delivery)
-            self.kernel.sleep(self.kernel.random.random() * 0.01)
-            slot.delivery = None
-            if slot.abandoned:
-                return
-            self._done([outcome])
+            self._run(slot, self._queue.popleft())
 
-    def _run(self, slot: SimSlot, delivery: Delivery) -> Outcome:
+    def _run(self, slot: SimSlot, delivery: Delivery) -> None:
         assert self._executor is not None
-        slot.begun, slot.complete, slot.fate = False, False, None
-        outcome = self._executor.run(delivery, slot)
-        self.process.check()
-        if slot.begun:
-            self.audit.ended(self.process, delivery, False)
-        return outcome if slot.fate is None else self._executor.lost(delivery, slot.fate)
+        slot.delivery, slot.picked_at = delivery, self.kernel.now
+        slot.begun, slot.complete, slot.fate, slot.abandoned = False, False, None, False
+        self.kernel.sleep(self.kernel.random.random() * 0.002)
+        outcome = None
+        if slot.fate is None:
+            outcome = self._executor.run(delivery, slot)
+            self.process.check()
+            if slot.begun:
+                self.audit.ended(self.process, delivery, False)
+            self.kernel.sleep(self.kernel.random.random() * 0.01)
+        if slot.fate is not None:  # it may have died with the outcome in its hands
+            outcome = self._executor.lost(delivery, slot.fate)
+        slot.delivery = None
+        if not slot.abandoned:
+            assert outcome is not None
+            self._done([outcome])

@@ -60,6 +60,7 @@ class FilesystemBackend(ResultBackend):
         url: str | None = None
         """``filesystem:///dir`` or ``file:///dir``."""
         path: str | None = None
+        """A path instead of a URL; relative to the configuration\'s folder."""
         fsync: bool = False
         """Survive power loss, at the price of a disk flush for each result."""
 

@@ -44,6 +44,7 @@ class SqliteBackend(ResultBackend):
         url: str | None = None
         """``sqlite:///relative.db`` or ``sqlite:////absolute/path.db``."""
         path: str | None = None
+        """A path instead of a URL; relative to the configuration\'s folder."""
         synchronous: Literal["normal", "full"] = "normal"
         """``full``: each commit reaches the disk, and survives a power loss."""
         busy_timeout: Seconds = 10.0

@@ -33,6 +33,7 @@ class SignedSerializer(Signer):
         """The options of ``signed``. Files are relative to the configuration's folder."""
 
         algorithm: Literal["hmac", "ed25519", "x509"]
+        """How messages are signed: a shared secret, a key pair, or certificates; never taken from a message."""
         inner: str = "json"
         """The serializer that makes the bytes."""
         max_age: Seconds = 604_800.0

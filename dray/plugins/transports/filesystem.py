@@ -65,6 +65,7 @@ class FilesystemTransport(Transport):
         url: str | None = None
         """``filesystem:///dir`` or ``file:///dir``."""
         path: str | None = None
+        """A path instead of a URL; relative to the configuration\'s folder."""
         lease: Seconds = 30.0
         """How long a delivery is guarded; the worker renews it while the task runs."""
         fsync: bool = False

@@ -81,9 +81,11 @@ class SqliteTransport(Transport):
         url: str | None = None
         """``sqlite:///relative.db`` or ``sqlite:////absolute/path.db``."""
         path: str | None = None
+        """A path instead of a URL; relative to the configuration\'s folder."""
         synchronous: Literal["normal", "full"] = "normal"
         """``full``: each commit reaches the disk, and survives a power loss."""
         lease: Seconds = 30.0
+        """How long a delivery is guarded; the worker renews it while the task runs."""
         busy_timeout: Seconds = 10.0
         """How long to wait for another process that keeps the file locked."""
         dead_expires: Seconds = 30 * 86400.0
