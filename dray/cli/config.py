@@ -46,7 +46,7 @@ def check_config(target: str | None, config: str | None) -> None:
     problems = []
     for kind, _, choice in choices(found):
         try:
-            plugins.configure(kind, choice)
+            plugins.configure(kind, choice, found.plugins.allow)
         except ConfigError as error:
             problems.append(str(error))
     if problems:

@@ -80,7 +80,7 @@ def _examine(target: str | None, config: str | None) -> Iterator[Finding]:
 def _plugins(app: Dray) -> Iterator[Finding]:
     for kind, path, choice in choices(app.config):
         try:
-            plugins.configure(kind, choice)
+            plugins.configure(kind, choice, app.config.plugins.allow)
             yield Finding(f"{kind.removesuffix('s')} {choice.use}", True, f"loaded, its options are right ({path})")
         except DrayError as error:
             yield Finding(f"{kind.removesuffix('s')} {choice.use}", False, str(error))

@@ -133,12 +133,12 @@ def _prepare(config: str | None, words: Sequence[str], pool: str | None) -> Prep
     wanted = {pool} if pool is not None else {entry.pool.use for entry in entries}
     if len(wanted) > 1:  # each in a process of its own, which comes by here again
         return Prepared(early, frozenset())
-    _pool_class(next(iter(wanted))).prepare()
+    _pool_class(next(iter(wanted)), early).prepare()
     return Prepared(early, frozenset(wanted))
 
 
-def _pool_class(name: str) -> type[Pool]:
-    found: type[Pool] = plugins.load("pools", name)
+def _pool_class(name: str, config: Config) -> type[Pool]:
+    found: type[Pool] = plugins.load("pools", name, config.plugins.allow)
     return found
 
 
@@ -153,7 +153,7 @@ def _run(app: Dray, entry: WorkerConfig, prepared: Prepared) -> int:
     """One worker, in this process."""
     from dray.core.supervisor import run_with_signals, watch_lifeline
 
-    if entry.pool.use not in prepared.pools and _pool_class(entry.pool.use).features.green:
+    if entry.pool.use not in prepared.pools and _pool_class(entry.pool.use, app.config).features.green:
         raise ConfigError(
             f"the pool {entry.pool.use!r} patches the standard library and has to be known before the application is "
             f"imported: add --pool {entry.pool.use}"

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from dray.core.codec import Codec
     from dray.core.config import Config, WorkerConfig
     from dray.core.contracts import PluginContext, ResultBackend, Serializer, Signer, Transport
+    from dray.core.plugins import PluginChoice
     from dray.core.worker import Worker
 
 P = ParamSpec("P")
@@ -284,10 +285,13 @@ class Dray:
         return PluginContext(name, logger, self.clock, self.random, self.config.base, self.faults)
 
     def _plugin(self, setting: str) -> Any:
+        return self.make_plugin(f"{setting}s", getattr(self.config, setting))
+
+    def make_plugin(self, kind: str, choice: PluginChoice) -> Any:
+        """An instance of a plugin, if the configuration allows it. Raises ``ConfigError``."""
         from dray.core.plugins import make
 
-        kind = f"{setting}s"
-        return make(kind, getattr(self.config, setting), lambda name: self.plugin_context(kind, name))
+        return make(kind, choice, lambda name: self.plugin_context(kind, name), self.config.plugins.allow)
 
     def compose(
         self,
@@ -327,10 +331,7 @@ class Dray:
         """The hooks that the configuration lists and :meth:`hook` added."""
         hooks: Hooks | None = self.__dict__.get("_hooks")
         if hooks is None:
-            from dray.core.plugins import make
-
-            context = lambda name: self.plugin_context("hooks", name)  # noqa: E731
-            listed = [make("hooks", choice, context) for choice in self.config.hooks]
+            listed = [self.make_plugin("hooks", choice) for choice in self.config.hooks]
             hooks = self.__dict__.setdefault("_hooks", Hooks([*listed, *self._listeners]))
         return hooks
 
@@ -345,13 +346,9 @@ class Dray:
     def _build_codec(self) -> Codec:
         from dray.core.codec import Codec
         from dray.core.contracts import Signer
-        from dray.core.plugins import PluginChoice, make
+        from dray.core.plugins import PluginChoice
 
-        config = self.config
-
-        def build(kind: str, choice: PluginChoice) -> Any:
-            return make(kind, choice, lambda name: self.plugin_context(kind, name))
-
+        config, build = self.config, self.make_plugin
         chosen = build("serializers", config.serializer)
         signer: Signer | None = chosen if isinstance(chosen, Signer) else None
         serializer: Serializer = build("serializers", PluginChoice(signer.inner)) if signer is not None else chosen

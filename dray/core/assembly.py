@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 def assemble_worker(app: Dray, settings: WorkerConfig, on_ready: Callable[[], None]) -> Worker:
     """See ``Dray.worker``."""
-    pool = plugins.make("pools", settings.pool, lambda name: app.plugin_context("pools", name))
+    pool = app.make_plugin("pools", settings.pool)
     return Worker(assemble_parts(app, settings.name, settings.queues, pool, on_ready))
 
 
@@ -116,5 +116,5 @@ def _demands(config: Config, tasks: list[Task[..., Any]]) -> Iterator[tuple[str,
 
 
 def _able(kind: str, feature: str) -> str:
-    found = [info.name for info in plugins.available(kind) if getattr(info.features, feature, None)]
-    return ", ".join(found) or "none that is installed"
+    found = [info.name for info in plugins.our_own(kind) if getattr(info.features, feature, None)]
+    return ", ".join(found) or "none of dray's own"

@@ -19,6 +19,7 @@ __all__ = [
     "CompressionConfig",
     "Config",
     "PluginChoice",
+    "PluginPolicy",
     "QueueConfig",
     "TaskDefaults",
     "WorkerConfig",
@@ -111,6 +112,15 @@ class CompressionConfig:
         return options.build(cls, own, where)
 
 
+@dataclass(frozen=True, slots=True)
+class PluginPolicy:
+    """Which plugins may be used."""
+
+    allow: Mapping[str, str] | None = None
+    """Plugin names and the distribution each has to come from. Once this is set, a plugin that is neither listed nor
+    part of dray is refused. Unset: any installed plugin may be chosen."""
+
+
 def _split(raw: object, where: Where, names: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, object]]:
     """The keys of a mapping that are our own, and those that belong to the plugin."""
     if raw is None:
@@ -155,6 +165,8 @@ class Config:
     """The worker processes that ``dray worker`` runs."""
     hooks: tuple[HookChoice, ...] = ()
     """The hook plugins that are loaded, and no others."""
+    plugins: PluginPolicy = PluginPolicy()
+    """Which plugins may be used, wherever they are chosen."""
     tasks: TaskDefaults = TaskDefaults()
     """What holds for every task that does not say otherwise."""
     require_durability: Durability | None = None

@@ -495,7 +495,8 @@ class Pool(Plugin, ABC):
 
         A pool whose tasks belong on the main thread (``solo``) runs them here. The default waits.
         """
-        while not stopping.wait(3600):
+        # Not for ever: the system may give a signal to any thread, and its handler runs when this one runs Python code.
+        while not stopping.wait(1.0):
             pass
 
     @abstractmethod

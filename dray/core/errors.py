@@ -44,6 +44,10 @@ class PluginConflict(PluginError):
     """Two distributions offer the same name."""
 
 
+class PluginRefused(PluginError):
+    """``plugins.allow`` does not list the plugin, or names another distribution for it."""
+
+
 class NotSupported(DrayError):
     """The chosen plugin cannot do what was asked."""
 

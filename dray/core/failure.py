@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import builtins
+import os.path
 import traceback
 from collections.abc import Mapping
+from types import TracebackType
 from typing import Any
 
 from dray.core import errors
@@ -12,6 +14,7 @@ from dray.core.errors import TaskFailed
 
 TRACEBACK_MAX = 16_384
 REASON_MAX = 500
+_CORE = os.path.dirname(os.path.abspath(__file__))
 _FLOW = (StopIteration, StopAsyncIteration)
 """Python takes these for the end of an iteration: never raised again at the caller's."""
 
@@ -24,7 +27,7 @@ def dotted(cls: type) -> str:
 def error_record(error: BaseException) -> dict[str, Any]:
     """An exception as plain data. Never raises, whatever the exception's own methods do."""
     try:
-        text = "".join(traceback.format_exception(error))
+        text = "".join(traceback.format_exception(type(error), error, _of_the_task(error.__traceback__)))
     except BaseException:
         text = "(the traceback could not be formatted)"
     if len(text) > TRACEBACK_MAX:
@@ -35,6 +38,14 @@ def error_record(error: BaseException) -> dict[str, Any]:
         "args": _plain_args(error),
         "traceback": clean(text),
     }
+
+
+def _of_the_task(trace: TracebackType | None) -> TracebackType | None:
+    """A traceback from the first frame that is not the core's own."""
+    first = trace
+    while first is not None and first.tb_frame.f_code.co_filename.startswith(_CORE):
+        first = first.tb_next
+    return first or trace
 
 
 def brief(error: BaseException) -> str:

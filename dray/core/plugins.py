@@ -31,12 +31,16 @@ from dray.core.errors import (
     PluginImportFailed,
     PluginIncompatible,
     PluginNotFound,
+    PluginRefused,
 )
 from dray.core.masking import shown
 from dray.core.options import Loose, Where, build, suggest
 
 if TYPE_CHECKING:
     from importlib.metadata import Distribution, EntryPoint
+
+Allow = Mapping[str, str] | None
+"""``plugins.allow``: the distribution that each plugin has to come from; None: any may come from anywhere."""
 
 KINDS: Mapping[str, tuple[type[Any], ...]] = {
     "transports": (Transport,),
@@ -105,26 +109,26 @@ class PluginInfo:
     """The features that the class declares; None: the kind has none, or it cannot be loaded."""
 
 
-def load(kind: str, name: str) -> type[Any]:
-    """The class of the plugin ``name``. Imports that plugin's module and nothing else."""
-    entry = _find(kind, name)
+def load(kind: str, name: str, allow: Allow = None) -> type[Any]:
+    """The class of the plugin ``name``. Imports that plugin's module and nothing else, and that only if allowed."""
+    entry = _find(kind, name, allow)
     cls: type[Any] = _import(kind, entry)
     _check(kind, entry, cls)
     return cls
 
 
-def configure(kind: str, choice: PluginChoice) -> tuple[type[Any], Any]:
+def configure(kind: str, choice: PluginChoice, allow: Allow = None) -> tuple[type[Any], Any]:
     """The class of the chosen plugin and its checked options; raises ``ConfigError`` that says where it was chosen."""
     try:
-        cls = load(kind, choice.use)
+        cls = load(kind, choice.use, allow)
     except PluginError as error:
         raise type(error)(str(choice.where.error(str(error)))) from error.__cause__
     return cls, build(cls.Options, choice.options, choice.where)
 
 
-def make(kind: str, choice: PluginChoice, context_factory: Callable[[str], PluginContext]) -> Any:
+def make(kind: str, choice: PluginChoice, context_factory: Callable[[str], PluginContext], allow: Allow = None) -> Any:
     """An instance of the chosen plugin; ``context_factory`` makes the context for its name."""
-    cls, built = configure(kind, choice)
+    cls, built = configure(kind, choice, allow)
     try:
         return cls(built, context_factory(choice.use))
     except ConfigError as error:
@@ -134,6 +138,12 @@ def make(kind: str, choice: PluginChoice, context_factory: Callable[[str], Plugi
 def available(kind: str) -> list[PluginInfo]:
     """All installed plugins of a kind. Imports each of them: for people, never on a worker's way."""
     return [_info(kind, entry) for entry in sorted(_installed(kind), key=lambda entry: entry.name)]
+
+
+def our_own(kind: str) -> list[PluginInfo]:
+    """The plugins of a kind that came with dray. Imports each of these, and no other distribution's."""
+    entries = [entry for entry in _installed(kind) if _is_ours(entry)]
+    return [_info(kind, entry) for entry in sorted(entries, key=lambda entry: entry.name)]
 
 
 def _info(kind: str, entry: EntryPoint) -> PluginInfo:
@@ -154,11 +164,14 @@ def _info(kind: str, entry: EntryPoint) -> PluginInfo:
     )
 
 
-def _find(kind: str, name: str) -> EntryPoint:
-    """The one entry point of this name, from stevedore's cache; the installed metadata decides when that fails."""
+def _find(kind: str, name: str, allow: Allow) -> EntryPoint:
+    """The one entry point of this name, from stevedore's cache; the installed metadata decides when that fails.
+
+    The cache does not know distributions, so with an allow list it is not asked.
+    """
     if kind not in KINDS:
         raise PluginNotFound(f"no plugins of the kind {kind!r}{suggest(kind, KINDS)}")
-    matches = [entry for entry in _cached(kind) if entry.name == name]
+    matches = [entry for entry in _cached(kind) if entry.name == name] if allow is None else []
     if len(matches) == 1:
         return matches[0]
     entries = _installed(kind)
@@ -167,7 +180,38 @@ def _find(kind: str, name: str) -> EntryPoint:
         raise _conflict(kind, name, matches)
     if not matches:
         raise _not_found(kind, name, {entry.name for entry in entries})
+    if allow is not None:
+        _check_allowed(kind, matches[0], allow)
     return matches[0]
+
+
+def _check_allowed(kind: str, entry: EntryPoint, allow: Mapping[str, str]) -> None:
+    """What comes with dray needs no line in the list: whoever runs dray trusts it already."""
+    what, origin = f"the plugin {shown(entry.name)} in dray.{kind}", _distribution(entry)
+    if entry.name not in allow:
+        if not _is_ours(entry):
+            raise PluginRefused(
+                f"{what} comes from {origin}, and plugins.allow does not list it; to trust it add there "
+                f"{shown(entry.name)}: {origin}"
+            )
+    elif _canonical(allow[entry.name]) != _canonical(origin):
+        raise PluginRefused(
+            f"{what} comes from {origin}, and plugins.allow takes it from {shown(allow[entry.name])} only; "
+            f"uninstall {origin}, or correct the list"
+        )
+
+
+def _distribution(entry: EntryPoint) -> str:
+    return entry.dist.name if entry.dist else "an unknown distribution"
+
+
+def _is_ours(entry: EntryPoint) -> bool:
+    return _canonical(_distribution(entry)) == __name__.partition(".")[0]
+
+
+def _canonical(name: str) -> str:
+    """The name of a distribution as package indexes compare it (PEP 503)."""
+    return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def _cached(kind: str) -> list[EntryPoint]:
@@ -193,9 +237,7 @@ def _not_found(kind: str, name: str, known: set[str]) -> PluginNotFound:
 
 
 def _conflict(kind: str, name: str, matches: list[EntryPoint]) -> PluginConflict:
-    offers = " and ".join(
-        f"{entry.dist.name if entry.dist else 'an unknown distribution'} ({entry.value})" for entry in matches
-    )
+    offers = " and ".join(f"{_distribution(entry)} ({entry.value})" for entry in matches)
     return PluginConflict(
         f"the name {name!r} in dray.{kind} is offered by {offers}; uninstall all but one, or have one renamed"
     )
@@ -207,7 +249,7 @@ def _import(kind: str, entry: EntryPoint) -> Any:
         return entry.load()
     except Exception as error:
         fresh = next((item for item in _installed(kind) if item.name == entry.name), None)
-        if fresh is not None and fresh.value != entry.value:
+        if entry.dist is None and fresh is not None and fresh.value != entry.value:
             return _import(kind, fresh)  # stevedore's cache was older than the installed metadata
         driver = _missing_driver(entry, error)
         if driver is not None:

@@ -165,7 +165,12 @@ class Settler:
             settlements = [self._fallback.settlement(settlement) for settlement in settlements]
         with self._wire:
             lost = self._transport.settle(settlements)
-        if lost:
+        if lost and self._failing_since is not None:
+            log.info(
+                "%d deliveries are not ours any more: the attempt that failed had settled them, or others run them",
+                len(lost),
+            )
+        elif lost:
             log.warning(
                 "%d deliveries were no longer ours when they ended; they run again; first: %s", len(lost), lost[0].id
             )
@@ -246,7 +251,10 @@ class Settler:
             return 0.0
         (delivery, action, then, reason), result = batch[0]
         if action is not Action.DEAD or then:
-            self._batch, self._stored = [self._undeliverable(delivery, f"its outcome could not be written: {brief(error)}")], False
+            self._batch, self._stored = (
+                [self._undeliverable(delivery, f"its outcome could not be written: {brief(error)}")],
+                False,
+            )
         elif result is not None:
             self._batch = [Outcome(Settlement(delivery, Action.DEAD, (), reason), None)]
         else:

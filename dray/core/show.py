@@ -39,6 +39,7 @@ class _Rows:
 
     def __init__(self, config: Config) -> None:
         self._origin = config.origin
+        self._allow = config.plugins.allow
 
     def of_fields(self, values: object, kinds: Mapping[str, Any], path: str) -> Iterator[Setting]:
         for name, kind in kinds.items():
@@ -72,7 +73,7 @@ class _Rows:
         if origin == "default":  # a URL may have named it
             origin = self._origin(f"{path}.url")
         try:
-            cls, built = plugins.configure(kind, choice)
+            cls, built = plugins.configure(kind, choice, self._allow)
         except ConfigError as error:
             yield Setting(use, choice.use, origin, str(error))
             for key, value in choice.options.items():  # what is secret here only the plugin knows

@@ -95,7 +95,10 @@ class Supervisor:
         for child in self._children:
             self._start(child)
         while any(child.process is not None or child.pausing for child in self._children):
-            event = self._events.get()
+            try:
+                event = self._events.get(timeout=1.0)  # a signal that another thread was given is handled in between
+            except queue.Empty:
+                continue
             if isinstance(event, _Child):
                 self._ended(event)
             else:

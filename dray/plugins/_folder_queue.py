@@ -86,13 +86,14 @@ class Name(NamedTuple):
 class Receipt:
     """What proves a delivery: the lease's file. Its name changes when the lease is extended."""
 
-    __slots__ = ("name", "path", "queue", "token")
+    __slots__ = ("has_sent_then", "name", "path", "queue", "token")
 
     def __init__(self, queue: FolderQueue, path: str, token: str, name: Name) -> None:
         self.queue = queue
         self.path = path
         self.token = token
         self.name = name
+        self.has_sent_then = False
 
 
 class FolderQueue:

@@ -26,6 +26,8 @@ class Entry:
     wants_run: bool = True
     """Nothing was asked that could keep it from running: no expiry, no revoke, and it can be understood."""
     confirmed: bool = False
+    revoked: bool = False
+    """A producer's revoke of it was confirmed."""
     copies: int = 0
     """How often it was stored as a new message."""
     charges: int = 0
@@ -86,6 +88,19 @@ class Audit:
             entry.copies += 1
             if entry.copies > 1:
                 self.doubled(message.id)
+
+    def confirmed(self, ids: Iterable[str]) -> None:
+        """A producer was told that these are stored."""
+        for task_id in ids:
+            entry = self.entries[task_id]
+            entry.confirmed = True
+            self.expect(entry.copies > 0, "G1", f"{task_id} was confirmed and never stored")
+
+    def revoked(self, ids: Iterable[str]) -> None:
+        """A producer was told that these are revoked."""
+        for task_id in ids:
+            self.entries[task_id].revoked = True
+            self.expect(bool(self.entries[task_id].barred), "G7", f"the revoke of {task_id} was confirmed, not stored")
 
     def doubled(self, task_id: str) -> None:
         """There may be two messages of this task now."""

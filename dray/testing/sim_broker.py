@@ -109,11 +109,12 @@ class SimTransport(Transport):
         finally:
             self._on_wire = ""
 
-    def bury(self, marks: Mapping[str, str], expires_at: float) -> set[str]:
+    def bury(self, marks: Mapping[str, str], expires_at: float, remove_waiting: bool = True) -> set[str]:
         def apply(ids: Sequence[str]) -> set[str]:
             some = {task_id: marks[task_id] for task_id in ids}
             self.audit.barred(some)
-            return self.inner.bury(some, expires_at)
+            self.chaos.kernel.note(f"buried {some}")
+            return self.inner.bury(some, expires_at, remove_waiting)
 
         return self.chaos.call(self.process, "transport.bury", list(marks), apply, cut=apply)
 

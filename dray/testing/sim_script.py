@@ -6,7 +6,7 @@ from random import Random
 from typing import Any, NamedTuple
 
 from dray.core.codec import Codec
-from dray.core.errors import PublishUncertain, SendError, Unavailable
+from dray.core.errors import SendError, TransportError
 from dray.core.message import Outgoing
 from dray.core.registry import Registry
 from dray.core.request import current
@@ -187,10 +187,9 @@ class _Nobody:
 _NOBODY = _Nobody()
 
 
-def unsent(step: Send, error: Exception) -> Send:
+def unsent(step: Send, error: TransportError) -> Send:
     """What is left to send of a step that failed with ``error``; all of it when nobody knows."""
-    if isinstance(error, SendError) and not isinstance(error, PublishUncertain) and len(step.calls) > 1:
+    if isinstance(error, SendError) and step.calls:
         ids = {message.id for message in error.unsent}
         return step._replace(calls=tuple(call for call in step.calls if call.options.task_id in ids))
-    assert isinstance(error, (Unavailable, PublishUncertain))
     return step

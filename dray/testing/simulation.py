@@ -8,289 +8,85 @@ their tasks. After a while the faults end, and everything has to come to rest. T
 
 from __future__ import annotations
 
+import argparse
 import logging
+import multiprocessing
+import os
+import sys
+import time
 from collections import Counter
-from collections.abc import Callable
-from pathlib import Path
-from random import Random
-from typing import NamedTuple
+from collections.abc import Sequence
 
-from dray.core.client import Client
-from dray.core.codec import Codec
-from dray.core.contracts import NoOptions, PluginContext, Serializer, Signer
-from dray.core.errors import PluginNotFound, PublishUncertain, TransportError
-from dray.core.executor import Settings, TaskExecutor
-from dray.core.failure import SafeErrors
-from dray.core.fallback import DEAD_SUFFIX, Fallback
-from dray.core.hooks import NO_HOOKS
-from dray.core.message import TERMINAL, State
-from dray.core.parts import WorkerParts
-from dray.core.result import Results
-from dray.core.settler import Settler
-from dray.core.worker import EXIT_WARM, Worker
-from dray.plugins._memory import MemoryStore
-from dray.plugins.backends.memory import MemoryBackend
-from dray.plugins.serializers.json import JsonSerializer
-from dray.plugins.serializers.signed import SignedSerializer
-from dray.testing.sim_audit import MAX_DELIVERIES, Audit, Entry
-from dray.testing.sim_broker import SimBackend, SimTransport
-from dray.testing.sim_faults import QUIET, Chaos, Monkey, Odds
-from dray.testing.sim_kernel import Kernel, Process, VirtualClock, one_cpu
-from dray.testing.sim_pool import SimPool
-from dray.testing.sim_script import KINDS, QUEUES, Revoke, Scriptwriter, Send, Tasks, unsent
-from dray.testing.sim_threading import virtual_threads
+from dray.testing.sim_kernel import one_cpu
+from dray.testing.sim_world import Report, World
 
-CHAOS_S = 60.0
-DEPLOY_S = 25.0
-REST_S = 400.0
-"""After the last fault everything has come to rest within this, in virtual seconds."""
-RESULT_S = 86400.0
-MAX_AGE_S = 3600.0
-STORE_TIMEOUT_S = 12.0
+__all__ = ["Report", "main", "simulate"]
+FAILING_SHOWN = 20
 
 
-class Report(NamedTuple):
-    """What came of one seed."""
-
-    seed: int
-    digest: str
-    """The same for the same seed, bit for bit: stands for the whole trace."""
-    violations: list[str]
-    faults: Counter[str]
-    tasks: int
-    runs: int
-    virtual_s: float
-    steps: int
-    trace: list[str] | None
+def simulate(seed: int, keep_trace: bool = False) -> Report:
+    """The history of this seed. Patches the worker's modules while it runs: one at a time in a process."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)  # lost leases and dead letters by the thousand
+    try:
+        with one_cpu():
+            return World(seed, keep_trace).run()
+    finally:
+        logging.disable(disabled)
 
 
-class Seat:
-    """One worker of the world: a name under which processes follow each other."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.process: Process | None = None
-        self.worker: Worker | None = None
-        self.transport: SimTransport | None = None
-        self.pool: SimPool | None = None
+def _brief(seed: int) -> tuple[int, list[str], Counter[str], int, int]:
+    report = simulate(seed)
+    return seed, report.violations, report.faults, report.tasks, report.runs
 
 
-class World:
-    """One simulated world, made from one seed."""
+def _say(text: str) -> None:
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
 
-    def __init__(self, seed: int, keep_trace: bool = False) -> None:
-        self.seed = seed
-        self.kernel = Kernel(seed, keep_trace)
-        draw = self.kernel.random
-        self.clock = VirtualClock(self.kernel)
-        self.chaos = Chaos(self.kernel)
-        self.audit = Audit(self.kernel)
-        self.signed = draw.random() < 0.35
-        self.poor = draw.random() < 0.3
-        self.wildness = draw.choice((0.0, 0.3, 1.0, 1.0, 2.0))
-        self.store = MemoryStore()
-        self.results = MemoryBackend(NoOptions(), self.context("memory", self.kernel.world))
-        self.codec = self._codec()
-        self.tasks = Tasks(self.chaos)
-        self.seats = [Seat(f"worker{number}") for number in range(draw.randint(2, 3))]
-        self.scripts = Scriptwriter(draw, self.tasks, self.codec, self.audit).write(draw.randint(1, 2))
-        self.producers: dict[int, Process] = {}
-        self.deployed = False
-        self.closing = False
 
-    def context(self, name: str, process: Process) -> PluginContext:
-        return PluginContext(name, logging.getLogger("dray.simulation"), self.clock, process.random, Path())
+def _replay(seed: int) -> int:
+    report = simulate(seed, keep_trace=True)
+    for line in report.trace or ():
+        _say(line)
+    for violation in report.violations:
+        _say(f"BROKEN {violation}")
+    _say(f"seed {seed}: trace {report.digest}, {report.tasks} tasks, {report.runs} runs, {report.faults.total()} faults")
+    return 1 if report.violations else 0
 
-    def _codec(self) -> Codec:
-        serializer: Serializer = JsonSerializer(NoOptions(), self.context("json", self.kernel.world))
-        options = SignedSerializer.Options("hmac", max_age=MAX_AGE_S, keys={"a": "simulated" * 4})
-        signer: Signer = SignedSerializer(options, self.context("signed", self.kernel.world))
 
-        def refuse(name: str) -> Serializer:
-            raise PluginNotFound(name)
+def _many(seeds: range, jobs: int) -> int:
+    began, done, faults, tasks, runs = time.monotonic(), 0, Counter[str](), 0, 0
+    failing: list[int] = []
+    with multiprocessing.get_context("spawn").Pool(jobs) as pool:
+        for seed, violations, injected, tasks_of, runs_of in pool.imap_unordered(_brief, seeds, chunksize=10):
+            done, tasks, runs = done + 1, tasks + tasks_of, runs + runs_of
+            faults += injected
+            if violations:
+                failing.append(seed)
+                if len(failing) <= FAILING_SHOWN:
+                    _say(f"seed {seed}: {violations[0]}")
+            if done % 1000 == 0:
+                _say(f"{done} of {len(seeds)} seeds, {len(failing)} failing, {time.monotonic() - began:.0f} s")
+    _say(
+        f"{done} seeds in {time.monotonic() - began:.1f} s: {tasks} tasks, {runs} runs, {faults.total()} faults "
+        f"({', '.join(f'{name} {count}' for name, count in sorted(faults.items()))}); {len(failing)} failing"
+    )
+    return 1 if failing else 0
 
-        return Codec(
-            serializer=serializer,
-            signer=signer if self.signed else None,
-            accept={"json": serializer},
-            compressor=None,
-            compress_over=1 << 30,
-            load_serializer=refuse,
-            load_compressor=refuse,  # type: ignore[arg-type]
-            encodings=(),
-            max_bytes=1 << 20,
-            clock=self.clock,
-        )
 
-    # --- its history ---------------------------------------------------------------------------------------
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command. Exit code 1 when a promise was broken."""
+    parser = argparse.ArgumentParser(prog="python -m dray.testing.simulation", description=__doc__)
+    parser.add_argument("--seeds", type=int, default=50_000, help="how many (default 50000)")
+    parser.add_argument("--start", type=int, default=0, help="the first one (default 0)")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: one per CPU)")
+    parser.add_argument("--replay", type=int, metavar="SEED", help="show the trace of one seed instead")
+    given = parser.parse_args(arguments)
+    if given.replay is not None:
+        return _replay(given.replay)
+    return _many(range(given.start, given.start + given.seeds), given.jobs)
 
-    def run(self) -> Report:
-        """The whole history, from the first message to the last check."""
-        kernel, audit = self.kernel, self.audit
-        try:
-            with virtual_threads(kernel, self._exit_now):
-                self._chaotic()
-                self._come_to_rest()
-                self._stop_workers()
-                kernel.close()
-        finally:
-            kernel.close()
-        audit.violations += kernel.failures
-        if not audit.violations:
-            Verdict(self).check()
-        runs = sum(entry.runs.total() for entry in audit.entries.values())
-        return Report(
-            self.seed, kernel.digest, audit.violations, self.chaos.counts, len(audit.entries), runs, kernel.now,
-            kernel.steps, kernel.trace,
-        )  # fmt: skip
 
-    def _chaotic(self) -> None:
-        wild = self.wildness
-        self.chaos.odds = Odds(0.02 * wild, 0.02 * wild, 0.003 * wild, 0.002 * wild, 0.002 * wild)
-        for seat in self.seats:
-            self._start(seat)
-        for number in range(len(self.scripts)):
-            self._start_producer(number)
-        if wild:
-            acts = [
-                (3, self._kill_one), (3, self._pause_one), (1, self._stop_one), (1, self._stop_one_cold),
-                (3, self._crash_slot), (1, lambda: self._outage("transport", 6)), (1, lambda: self._outage("backend", 25)),
-                (1, self._kill_producer),
-            ]  # fmt: skip
-            monkey = Monkey(self.chaos, 6.0 / wild, acts)
-            self.kernel.spawn(self.kernel.world, "monkey", lambda: monkey.run(CHAOS_S))
-        self._pass(DEPLOY_S)
-        self.deployed = True
-        for seat in self.seats:
-            self._stop(seat)
-        self._pass(CHAOS_S)
-
-    def _come_to_rest(self) -> None:
-        kernel = self.kernel
-        self.chaos.odds = QUIET
-        self.chaos.outages.clear()
-        kernel.note("quiet")
-        deadline = kernel.now + REST_S
-        while kernel.now < deadline and not self.audit.violations and not self._at_rest():
-            kernel.sleep(2.0)
-
-    def _pass(self, until: float) -> None:
-        while self.kernel.now < until and not self.audit.violations:
-            self.kernel.sleep(1.0)
-
-    def _at_rest(self) -> bool:
-        queues = (queue for name, queue in self.store.queues.items() if not name.endswith(DEAD_SUFFIX))
-        return not any(self.scripts) and not self.store.leases and not any(any(queue.waiting()) for queue in queues)
-
-    def _stop_workers(self) -> None:
-        self.closing = True
-        for seat in self.seats:
-            self._stop(seat)
-        deadline = self.kernel.now + 60
-        while self.kernel.now < deadline and any(seat.process is not None for seat in self.seats):
-            self.kernel.sleep(1.0)
-        for seat in self.seats:
-            self.audit.expect(seat.process is None, "stop", f"{seat.name} did not stop")
-
-    # --- workers -------------------------------------------------------------------------------------------
-
-    def _start(self, seat: Seat) -> None:
-        process = self.kernel.process(seat.name)
-        parts = self._parts(process)
-        assert isinstance(parts.transport, SimTransport)
-        assert isinstance(parts.pool, SimPool)
-        seat.process, seat.worker, seat.transport, seat.pool = process, Worker(parts), parts.transport, parts.pool
-        process.on_death = lambda: self._died(seat, process)
-        worker = seat.worker
-        self.kernel.spawn(process, "main", lambda: self._live(process, worker))
-
-    def _parts(self, process: Process) -> WorkerParts:
-        transport = SimTransport(process, self.chaos, self.audit, self.store, self.context("sim", process), self.poor)
-        backend = SimBackend(process, self.chaos, self.audit, self.results)
-        pool = SimPool(self.kernel, process, self.audit, self.kernel.random.randint(1, 3), self.context("sim", process))
-        faults, fallback = self.chaos.failpoints(process), Fallback(transport.features, self.clock, "sim")
-        settings = Settings(True, backend.features.max_body_bytes, RESULT_S, 60.0, can_kill=True)
-        registry = self.tasks.after if self.deployed else self.tasks.before
-        executor = TaskExecutor(registry, self.codec, settings, NO_HOOKS, self.clock, process.random, faults)
-        settler = Settler(
-            transport,
-            backend,
-            fallback,
-            self.clock,
-            process.random,
-            faults,
-            store_timeout_s=STORE_TIMEOUT_S,
-            remember_ended_s=MAX_AGE_S if self.signed else None,
-            verify=self.codec.check,
-        )
-        return WorkerParts(
-            name=process.name,
-            queues=QUEUES,
-            transport=transport,
-            backend=backend,
-            pool=pool,
-            executor=executor,
-            settler=settler,
-            fallback=fallback,
-            hooks=NO_HOOKS,
-            clock=self.clock,
-            random=process.random,
-            faults=faults,
-            shutdown_timeout_s=8.0,
-            max_deliveries_default=MAX_DELIVERIES,
-        )
-
-    def _live(self, process: Process, worker: Worker) -> None:
-        try:
-            code = worker.run()
-        except TransportError:
-            code = -1  # it could not connect
-        self._exit(process, code)
-
-    def _exit_now(self, code: int) -> None:
-        self._exit(self.kernel.current.process, code)
-
-    def _exit(self, process: Process, code: int) -> None:
-        self.kernel.note(f"exit {code}")
-        if self.closing:
-            self.audit.expect(code == EXIT_WARM, "stop", f"{process.name} ended with {code} in the quiet period")
-            held = [h.entry.id for h in self.audit.holdings.values() if h.process is process]
-            self.audit.expect(not held, "G4", f"{process.name} stopped in order and left {held}")
-        process.on_death()
-        self.kernel.kill(process)
-
-    def _died(self, seat: Seat, process: Process) -> None:
-        self.audit.died(process)
-        seat.process = seat.worker = seat.pool = None
-        if not self.closing:
-            self._later(self.kernel.random.uniform(0.2, 6.0), lambda: self._start(seat))
-
-    def _later(self, seconds: float, act: Callable[[], object]) -> None:
-        def wait() -> None:
-            self.kernel.sleep(seconds)
-            act()
-
-        self.kernel.spawn(self.kernel.world, "supervisor", wait)
-
-    # --- producers -----------------------------------------------------------------------------------------
-
-    def _start_producer(self, number: int) -> None:
-        process = self.kernel.process(f"producer{number}")
-        process.on_death = lambda: self._later(1.0, lambda: self._start_producer(number))
-        self.producers[number] = process
-        transport = SimTransport(process, self.chaos, self.audit, self.store, self.context("sim", process), self.poor)
-        backend = SimBackend(process, self.chaos, self.audit, self.results)
-        client = Client(
-            transport=transport,
-            backend=backend,
-            codec=self.codec,
-            results=Results(backend, self.codec, SafeErrors(), self.clock),
-            fallback=Fallback(transport.features, self.clock, "sim"),
-            route=lambda _: QUEUES[0],
-            hooks=NO_HOOKS,
-            clock=self.clock,
-            ids=None,  # type: ignore[arg-type]
-            faults=self.chaos.failpoints(process),
-            result_expires_s=RESULT_S,
-        )
-        self.kernel.spawn(process, "main", lambda: self._produce(process, client, transport, self.scripts[number]))
+if __name__ == "__main__":
+    sys.exit(main())

@@ -204,11 +204,12 @@ class FilesystemTransport(Transport):
     def _settle(self, settlement: Settlement) -> bool:
         delivery, action, then, reason = settlement
         receipt, now = delivery.receipt, self.context.clock.time()
-        if then:
+        if then and not receipt.has_sent_then:
             # A fresh lease first: it proves that the delivery is ours, and that nobody takes it while `then` is sent.
             if not receipt.queue.extend(receipt, now + self.options.lease):
                 return False
             self._publish(then)
+            receipt.has_sent_then = True  # if the rest fails the same settlement comes again
             if self.context.faults is not None:
                 self.context.faults.hit("follow_ups_sent")
         if action is Action.ACK:
