@@ -435,7 +435,7 @@ class Peppered:
 
 def test_show_hides_options_that_are_typed_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plugin = type("Peppered", (), {"Options": Peppered})
-    monkeypatch.setattr(plugins, "load", lambda kind, name: plugin)
+    monkeypatch.setattr(plugins, "load", lambda kind, name, allow: plugin)
     transport = {"use": "peppered", "pepper": "canary", "ring": {"a": "canary"}}
     settings = show(load({"transport": transport}, environ={}, cwd=tmp_path))
     assert "canary" not in repr(settings)

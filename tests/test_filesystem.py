@@ -144,17 +144,6 @@ def test_foreign_files_are_set_aside_and_hidden_ones_left_alone(tmp_path: Path, 
     assert consumer.receive(10, 0) == []
 
 
-def test_a_requeued_foreign_file_ends_as_a_dead_letter_again(tmp_path: Path, transport: FilesystemTransport) -> None:
-    transport.send([message()])
-    (message_files(tmp_path)[0].parent / "foreign").write_bytes(b"hello")
-    consumer = transport.consumer(["q"], 1)
-    consumer.receive(10, 0)
-    for _ in range(2):
-        [letter] = transport.dead_list(None, 10)
-        assert transport.dead_requeue([letter.id]) == [letter.id]
-        assert consumer.receive(10, 0) == []
-
-
 @pytest.mark.parametrize("fail_at", [0, 2])
 def test_a_full_disk_says_what_was_not_stored(
     tmp_path: Path, transport: FilesystemTransport, monkeypatch: pytest.MonkeyPatch, fail_at: int

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 from pathlib import Path
@@ -32,10 +33,9 @@ def workers(process: psutil.Process) -> dict[str, psutil.Process]:
     """The supervised workers by name."""
     found = {}
     for child in process.children():
-        arguments = child.cmdline()
-        for name in ("first", "second"):
-            if name in arguments:
-                found[name] = child
+        with contextlib.suppress(psutil.Error):  # it may end while it is looked at
+            arguments = child.cmdline()
+            found.update((name, child) for name in ("first", "second") if name in arguments)
     return found
 
 

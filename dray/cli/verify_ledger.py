@@ -30,8 +30,8 @@ def verify_ledger_command(
 ) -> None:
     """Compare a producer's ledger, the tasks' run log and the stores: was anything lost, or run too often?
 
-    LEDGER: JSON lines {"id", "state", "time"}; state: sending before a call is sent, then confirmed, uncertain or failed.
-    RUNS: JSON lines {"id", "attempt", "event", "time", "pid"}; event: start, end or error.
+    LEDGER, JSON lines {"id", "state", "time"}: "sending" before a call, then "confirmed", "uncertain" or "failed".
+    RUNS, JSON lines {"id", "attempt", "event", "time", "pid"}: "start", then "end" or "error".
     dray.testing.ledger has writers for both: Ledger for producers, RunLog for tasks.
 
     The application (or --config, or dray.yaml) says which stores to look into. The exit code is 1 when a confirmed task

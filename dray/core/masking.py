@@ -7,6 +7,16 @@ from collections.abc import Mapping
 
 MASK = "********"
 
+
+class Hidden(str):
+    """A secret: the text itself to whoever uses it, a mask in every ``repr``, that of what holds it included."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return repr(MASK)
+
+
 _KEY = r"(?i:passw|secret|token|credential|private_?key|api_?key|access_?key)"
 _IN_AUTHORITY = r"(?<![^/])([^\s@:/]*):(?!//)\S*@"  # also where a slash or the colon before it was forgotten
 _IN_QUERY = r"(?i:([?&][^=&\s]*(?:passw|secret|token|key)[^=&\s]*=)[^&\s#]*)"

@@ -28,6 +28,13 @@ class State(enum.StrEnum):
 TERMINAL = frozenset({State.SUCCESS, State.FAILURE, State.REVOKED})
 
 
+def _without_body(value: Any) -> str:
+    """The ``repr`` of a value whose body holds a user's arguments or results: these are nobody's business in a log."""
+    fields = zip(value._fields, value, strict=True)
+    shown = (f"body=<{len(item)} bytes>" if name == "body" else f"{name}={item!r}" for name, item in fields)
+    return f"{type(value).__name__}({', '.join(shown)})"
+
+
 class Outgoing(NamedTuple):
     """A message on its way to a queue."""
 
@@ -40,6 +47,9 @@ class Outgoing(NamedTuple):
     not_before: float | None = None
     expires_at: float | None = None
     """For transports that can set expired messages aside (never drop them); the worker checks the signed header."""
+
+    def __repr__(self) -> str:
+        return _without_body(self)
 
 
 class Delivery(NamedTuple):
@@ -54,6 +64,9 @@ class Delivery(NamedTuple):
     delivery_count: int = 1
     """How often the message was handed out, this time included; ``RELEASE`` takes its own delivery back."""
     lease_until: float | None = None
+
+    def __repr__(self) -> str:
+        return _without_body(self)
 
 
 class Action(enum.Enum):
@@ -86,6 +99,9 @@ class StoredResult(NamedTuple):
     expires_at: float | None
     """None: kept for ever."""
 
+    def __repr__(self) -> str:
+        return _without_body(self)
+
 
 class Outcome(NamedTuple):
     """What the executor made of a delivery."""
@@ -105,6 +121,9 @@ class DeadLetter(NamedTuple):
     reason: str
     died_at: float
     delivery_count: int
+
+    def __repr__(self) -> str:
+        return _without_body(self)
 
 
 class QueueStats(NamedTuple):

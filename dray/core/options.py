@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 from dray.core.errors import ConfigError
-from dray.core.masking import shown
+from dray.core.masking import Hidden, masked, shown
 
 T = TypeVar("T")
 
@@ -98,7 +98,8 @@ class Where:
 
     def error(self, problem: str) -> ConfigError:
         """``dray.yaml:12: workers.default.size: problem``."""
-        return ConfigError(": ".join(part for part in (self.origin, self.path, problem) if part))
+        text = ": ".join(part for part in (self.origin, self.path, problem) if part)
+        return ConfigError(masked(text))  # the problem may be in a plugin's words, which may quote a URL
 
 
 def parse_seconds(value: object) -> float:
@@ -239,6 +240,8 @@ def _marked(kind: Any, raw: object, where: Where) -> Any:
     except ConfigError as error:
         raise where.error(str(error)) from None
     value = convert(base, raw, where)
+    if "secret" in marks:
+        return Hidden(value)
     if "name" in marks:
         try:
             check_name(value)
@@ -315,7 +318,14 @@ def _sequence(kind: Any, origin: type, raw: object, where: Where) -> Any:
 
 
 def _wrong(kind: Any, raw: object, where: Where) -> ConfigError:
-    return where.error(f"expected {describe(kind)}, got {shown(raw, where.path.rpartition('.')[2])}")
+    got = type(raw).__name__ if holds_secret(kind) else shown(raw, where.path.rpartition(".")[2])
+    return where.error(f"expected {describe(kind)}, got {got}")
+
+
+def holds_secret(kind: Any) -> bool:
+    """Whether a value of this type is a secret, or has one in it."""
+    arguments = get_args(kind)
+    return (get_origin(kind) is Annotated and "secret" in arguments[1:]) or any(map(holds_secret, arguments))
 
 
 def describe(kind: Any) -> str:

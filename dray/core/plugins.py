@@ -132,7 +132,7 @@ def make(kind: str, choice: PluginChoice, context_factory: Callable[[str], Plugi
     try:
         return cls(built, context_factory(choice.use))
     except ConfigError as error:
-        raise choice.where.error(str(error)) from error
+        raise choice.where.error(str(error)) from error.__cause__
 
 
 def available(kind: str) -> list[PluginInfo]:

@@ -7,14 +7,14 @@ import enum
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, cast, get_args, get_origin
+from typing import Any, cast, get_args
 
 from dray.core import plugins
 from dray.core.config import CompressionConfig, Config, PluginChoice, WorkerConfig, settings
 from dray.core.contracts import Secret
 from dray.core.errors import ConfigError
 from dray.core.masking import MASK, masked
-from dray.core.options import hints
+from dray.core.options import hints, holds_secret
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,13 +85,8 @@ class _Rows:
 
     def _row(self, path: str, value: object, kind: Any) -> Setting:
         plain = _plain(value)
-        hidden = _hide(plain) if _holds_secret(kind) else masked(plain, path.rpartition(".")[2])
+        hidden = _hide(plain) if holds_secret(kind) else masked(plain, path.rpartition(".")[2])
         return Setting(path, hidden, self._origin(path))
-
-
-def _holds_secret(kind: Any) -> bool:
-    arguments = get_args(kind)
-    return (get_origin(kind) is Annotated and "secret" in arguments[1:]) or any(map(_holds_secret, arguments))
 
 
 def _hide(plain: object) -> object:

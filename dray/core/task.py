@@ -123,6 +123,9 @@ class Signature(NamedTuple):
         """Send it."""
         return self.task.sender.send(self.task, self.args, self.kwargs, self.options)
 
+    def __repr__(self) -> str:  # without the arguments: they may be nobody's business
+        return f"<call of {self.task.name}>"
+
 
 class Task(Generic[P, R]):
     """A registered function. Calling it runs it here and now; ``delay`` and its siblings queue it.

@@ -63,7 +63,7 @@ def database_path(url: str | None, path: str | None, base: Path) -> Path:
     if url is not None:
         scheme, separator, rest = url.partition(":///")
         if scheme != "sqlite" or not separator or "?" in rest:
-            raise ConfigError(f"sqlite: {url!r} is not sqlite:///relative.db or sqlite:////absolute/path.db")
+            raise ConfigError("sqlite: the url is not sqlite:///relative.db or sqlite:////absolute/path.db")
         path = unquote(rest)
     if path == ":memory:":
         raise ConfigError("sqlite: a database in memory cannot be shared; use the memory plugin instead")

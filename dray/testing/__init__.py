@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dray.testing.backends import ResultBackendConformance
+    from dray.testing.chaos import ChaosProxy, Trouble
     from dray.testing.clock import FakeClock
     from dray.testing.compressors import CompressorConformance
     from dray.testing.driver import Call, InlineWorker, Run
@@ -19,7 +20,9 @@ if TYPE_CHECKING:
     from dray.testing.transports import TransportConformance
 
 __all__ = [
+    "KIT_VERSION",
     "Call",
+    "ChaosProxy",
     "CompressorConformance",
     "FakeClock",
     "InlineWorker",
@@ -28,11 +31,16 @@ __all__ = [
     "Run",
     "SerializerConformance",
     "TransportConformance",
+    "Trouble",
     "plugin_context",
 ]
 
+KIT_VERSION = "1.0"
+"""The version of the conformance kits: the first number rises when a plugin that passed may fail."""
+
 _HOMES = {
     "Call": "dray.testing.driver",
+    "ChaosProxy": "dray.testing.chaos",
     "CompressorConformance": "dray.testing.compressors",
     "FakeClock": "dray.testing.clock",
     "InlineWorker": "dray.testing.driver",
@@ -41,9 +49,24 @@ _HOMES = {
     "Run": "dray.testing.driver",
     "SerializerConformance": "dray.testing.serializers",
     "TransportConformance": "dray.testing.transports",
+    "Trouble": "dray.testing.chaos",
     "plugin_context": "dray.testing.harness",
 }
-_TESTS = ("backends", "compressors", "pools", "serializers", "transports", "transport_delivery", "transport_abilities")
+_TESTS = (
+    "backends",
+    "compressors",
+    "kit",
+    "pools",
+    "serializers",
+    "transports",
+    "transport_abilities",
+    "transport_crashes",
+    "transport_delivery",
+    "transport_machine",
+    "transport_model",
+    "transport_ownership",
+    "transport_refusals",
+)
 
 
 def __getattr__(name: str) -> Any:

@@ -2,9 +2,9 @@
 
 Two append-only files of JSON lines, each line one ``write``, so that a killed process leaves whole lines only:
 
-- the producer's **ledger**: ``{"id", "state", "time"}``. ``sending`` is written before a call is sent, then ``confirmed``,
-  ``uncertain`` or ``failed``. An id that stays at ``sending`` (its producer died) counts as uncertain; where an id was
-  sent more than once, the strongest counts: confirmed, uncertain, failed.
+- the producer's **ledger**: ``{"id", "state", "time"}``. ``sending`` is written before a call is sent, then
+  ``confirmed``, ``uncertain`` or ``failed``. A ``sending`` that nothing followed (its producer died) counts as
+  uncertain; where an id was sent more than once, the best counts: confirmed, uncertain, failed.
 - the tasks' **run log**: ``{"id", "attempt", "event", "time", "pid"}``, event ``start``, ``end`` or ``error``. A run
   without an end was cut short.
 
@@ -28,8 +28,7 @@ from dray.core.errors import ConfigError, DrayError, SendError, Uncertain
 from dray.core.message import TERMINAL
 from dray.core.request import current
 
-LEDGER_STATES = ("failed", "sending", "uncertain", "confirmed")
-"""From the weakest to the strongest; ``sending`` counts as uncertain."""
+LEDGER_STATES = ("sending", "confirmed", "uncertain", "failed")
 RUN_EVENTS = ("start", "end", "error")
 SLICE = 1000
 DEAD_MAX = 1_000_000
@@ -136,15 +135,20 @@ class Run:
 
 
 def read_ledger(path: str | Path) -> dict[str, str]:
-    """The strongest state of each id. Raises ``ConfigError`` for a file that is no ledger."""
-    states: dict[str, str] = {}
+    """Each id's state: confirmed, uncertain or failed. Raises ``ConfigError`` for a file that is no ledger."""
+    notes: dict[str, Counter[str]] = defaultdict(Counter)
     for where, line in _lines(path):
         task_id, state = line.get("id"), line.get("state")
         if not isinstance(task_id, str) or state not in LEDGER_STATES:
             raise ConfigError(f"{where}: a ledger's line has an id and a state of {', '.join(LEDGER_STATES)}")
-        if LEDGER_STATES.index(state) >= LEDGER_STATES.index(states.get(task_id, "failed")):
-            states[task_id] = state
-    return {task_id: "uncertain" if state == "sending" else state for task_id, state in states.items()}
+        notes[task_id][state] += 1
+    return {task_id: _state(noted) for task_id, noted in notes.items()}
+
+
+def _state(noted: Counter[str]) -> str:
+    if noted["confirmed"]:
+        return "confirmed"
+    return "uncertain" if noted["uncertain"] or noted["sending"] > noted["failed"] else "failed"
 
 
 def read_runs(path: str | Path) -> list[Run]:

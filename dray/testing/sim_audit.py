@@ -26,6 +26,7 @@ class Entry:
     wants_run: bool = True
     """Nothing was asked that could keep it from running: no expiry, no revoke, and it can be understood."""
     confirmed: bool = False
+    revoke_asked: bool = False
     revoked: bool = False
     """A producer's revoke of it was confirmed."""
     copies: int = 0
@@ -42,6 +43,10 @@ class Entry:
     barred: str = ""
     """Why it must not start any more: it was revoked, or (signed) has ended."""
     barred_at: float = float("inf")
+    finished_at: float = float("inf")
+    """When its message was removed for good."""
+    withdrawn: bool = False
+    """Its waiting message was removed by a revoke."""
     store_failed: bool = False
     result: StoredResult | None = None
     dead: list[str] = field(default_factory=list)
@@ -64,11 +69,14 @@ class Audit:
     The wrappers of transport, result back end and pool tell it of each effect at the moment it takes place.
     """
 
-    def __init__(self, kernel: Kernel) -> None:
+    def __init__(self, kernel: Kernel, signed: bool) -> None:
         self._kernel = kernel
+        self._signed = signed
         self.entries: dict[str, Entry] = {}
         self.holdings: dict[int, Holding] = {}
         self.violations: list[str] = []
+        self.gaps: list[str] = []
+        """Revoked tasks whose message is gone and whose result is missing, because the revoker failed in between."""
 
     def broken(self, promise: str, what: str) -> None:
         """Note a broken promise."""
@@ -156,6 +164,7 @@ class Audit:
             self.expect(
                 has_result or not entry.keeps_result, "G3", f"{entry.id} was acknowledged before its result was stored"
             )
+            entry.finished_at = min(entry.finished_at, self._kernel.now)
 
     def put_aside(self, message: Outgoing) -> None:
         """A dead letter that is a message of another queue."""
@@ -175,8 +184,16 @@ class Audit:
         """Tombstones were written."""
         for task_id, mark in marks.items():
             entry = self.entries.get(task_id)
-            if entry is not None and not entry.barred:
+            if entry is None:
+                continue
+            entry.revoke_asked = entry.revoke_asked or mark in ("revoked", "terminate")
+            if not entry.barred:
                 entry.barred, entry.barred_at = mark, self._kernel.now
+
+    def withdrawn(self, ids: Iterable[str]) -> None:
+        """A revoke removed the waiting messages of these; that their results say so is up to the revoker."""
+        for task_id in ids:
+            self.entries[task_id].withdrawn = True
 
     def _charge(self, holding: Holding) -> None:
         if not holding.charged:
@@ -222,6 +239,8 @@ class Audit:
         if holding is not None:
             holding.begun = True
             self._check_barred(holding, picked_at)
+            replayed = self._signed and holding.claimed_at > entry.finished_at
+            self.expect(not replayed, "G9", f"{name} has ended, and a copy of its signed message runs")
 
     def _check_barred(self, holding: Holding, picked_at: float) -> None:
         entry, process = holding.entry, holding.process
@@ -230,14 +249,21 @@ class Audit:
         promise = "G7" if entry.barred in ("revoked", "terminate") else "G9"
         fresh = holding.claimed_at > entry.barred_at
         self.expect(not fresh, promise, f"{entry.id} was taken and run after it was marked {entry.barred}")
-        if promise == "G7" and not fresh and process.troubled_at < entry.barred_at - 1.0:
-            late_s = picked_at - entry.barred_at
-            self.expect(late_s <= LOOK_S, promise, f"{entry.id} was begun {late_s:.1f} s after it was revoked")
+        if promise == "G7" and not fresh:
+            self._check_prompt(entry, process, picked_at, "begun")
+
+    def _check_prompt(self, entry: Entry, process: Process, moment: float, what: str) -> None:
+        """A worker that could look for revocations did."""
+        if max(process.troubled_at, process.blind_at) < entry.barred_at - 1.0:
+            late_s = moment - entry.barred_at
+            self.expect(late_s <= LOOK_S, "G7", f"{entry.id} was {what} {late_s:.1f} s after it was revoked")
 
     def ended(self, process: Process, delivery: Delivery, complete: bool) -> None:
         """The user's function returned (``complete``), raised, or its slot died."""
         entry = self.entries[delivery.id]
         entry.completed += complete
+        if entry.barred == "terminate" and delivery.receipt in self.holdings:
+            self._check_prompt(entry, process, self._kernel.now, "still running")
         if process in entry.active:
             entry.active.remove(process)
 

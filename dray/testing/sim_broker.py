@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from dray.core.contracts import Consumer, NoOptions, PluginContext, ResultBackend, Transport, TransportFeatures
-from dray.core.errors import Unavailable
+from dray.core.errors import TransportError, Unavailable
 from dray.core.fallback import DEAD_SUFFIX
-from dray.core.message import Action, Delivery, Outgoing, Settlement, StoredResult
+from dray.core.message import Action, Delivery, Outgoing, Settlement, State, StoredResult
 from dray.plugins._memory import MemoryStore
 from dray.plugins.backends.memory import MemoryBackend
 from dray.plugins.transports.memory import MemoryOptions, MemoryTransport
@@ -40,6 +40,8 @@ class SimTransport(Transport):
         self.features: TransportFeatures = self.inner.features
         self.stopping = False
         """The worker was told to stop: it may give back what was begun."""
+        self.sent: list[Outgoing] = []
+        """What this process sent: an eavesdropper may send it again."""
         self._on_wire = ""
         if poor:
             self.features = replace(
@@ -61,6 +63,7 @@ class SimTransport(Transport):
     def _send(self, messages: Sequence[Outgoing]) -> None:
         self.inner.send(messages)
         self.audit.published(messages)
+        self.sent.extend(messages)
         self.chaos.kernel.note(f"sent {[message.id for message in messages]}")
 
     def consumer(self, queues: Sequence[str], buffer: int) -> SimConsumer:
@@ -114,7 +117,9 @@ class SimTransport(Transport):
             some = {task_id: marks[task_id] for task_id in ids}
             self.audit.barred(some)
             self.chaos.kernel.note(f"buried {some}")
-            return self.inner.bury(some, expires_at, remove_waiting)
+            removed = self.inner.bury(some, expires_at, remove_waiting)
+            self.audit.withdrawn(removed)
+            return removed
 
         return self.chaos.call(self.process, "transport.bury", list(marks), apply, cut=apply)
 
@@ -229,11 +234,14 @@ class SimBackend(ResultBackend):
     def store(self, results: Sequence[StoredResult]) -> None:
         try:
             self._chaos.call(self._process, "backend.store", results, self._store, cut=self._store)
-        except BaseException:
+        except TransportError:
             self._audit.store_failed(results)
             raise
 
     def _store(self, results: Sequence[StoredResult]) -> None:
+        for result in results:
+            if result.id.startswith("cursed") and result.state is State.SUCCESS:
+                raise ValueError("simulated: an error that the back end should not raise")
         self._inner.store(results)
         self._audit.stored(self._inner.fetch([result.id for result in results]))
         self._chaos.kernel.note(f"stored {[(result.id, result.state.value) for result in results]}")

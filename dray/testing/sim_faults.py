@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 from dray.core.errors import TransportError, Unavailable, Uncertain
 from dray.core.faults import POINTS, Faults
@@ -64,7 +64,7 @@ class Chaos:
     ) -> T:
         """One request of ``process``: ``apply(items)`` takes effect at one moment between two pauses.
 
-        ``what`` is the service and the operation. ``cut`` instead of ``apply`` is what a request does that is interrupted.
+        ``what`` is the service and the operation. ``cut`` instead of ``apply`` is what an interrupted request does.
         """
         kernel, odds, draw = self.kernel, self.odds, self.kernel.random.random
         process.check()
@@ -95,6 +95,8 @@ class Chaos:
 
     def _trouble(self, process: Process, what: str) -> None:
         """Two renewals in a row that failed may cost leases; a single one must not."""
+        if what in ("transport.extend", "transport.buried"):
+            process.blind_at = self.kernel.now
         if what == "transport.extend":
             if self.kernel.now - process.failed_at < 4.0:
                 process.troubled_at = self.kernel.now
@@ -137,20 +139,3 @@ class Chaos:
         elif name in ("stored", "acknowledged") and draw > 1.0 - self.odds.refused:
             self.fault(f"raised {process.name} at {name}")
             raise Unavailable(f"simulated: failpoint {name}")
-
-
-class Monkey:
-    """Kills, pauses, stops and cuts off, at random times, whatever has nothing to do with the steps themselves."""
-
-    def __init__(self, chaos: Chaos, mean_s: float, acts: Sequence[tuple[float, Callable[[], Any]]]) -> None:
-        self._chaos = chaos
-        self._mean_s = mean_s
-        self._weights = [weight for weight, _ in acts]
-        self._acts = [act for _, act in acts]
-
-    def run(self, until: float) -> None:
-        kernel = self._chaos.kernel
-        while kernel.now < until:
-            kernel.sleep(kernel.random.expovariate(1 / self._mean_s))
-            if kernel.now < until:
-                kernel.random.choices(self._acts, self._weights)[0]()

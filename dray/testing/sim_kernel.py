@@ -38,6 +38,8 @@ class Process:
         """When something last kept it, rightly, from renewing its leases."""
         self.failed_at = -NEVER
         """When a request of it failed last."""
+        self.blind_at = -NEVER
+        """When it last could not look for revocations."""
         self.on_death: Callable[[], None] = lambda: None
         """Called once when it is killed, or has ended."""
         self.fibers: list[Fiber] = []
@@ -169,8 +171,8 @@ class Kernel:
         self.steps += 1
         while True:
             when, _, ticket, fiber = heapq.heappop(self._heap)
-            if ticket != fiber.ticket:
-                continue  # it was woken before, or has another appointment
+            if ticket != fiber.ticket or fiber.done:
+                continue  # it was woken before, has another appointment, or has ended
             process = fiber.process
             if process.paused_until > when and not process.dead:
                 self._appoint(fiber, process.paused_until)

@@ -54,6 +54,7 @@ KINDS = {
     "poison": Kind(1, "retried", (0.01, 0.5), how="dies", succeeds=False),
     "assassin": Kind(1, "plain", (0.01, 0.5), how="kills", succeeds=False),
     "silent": Kind(3, "silent", (0.01, 0.5), (0, 1)),
+    "cursed": Kind(1, "plain", (0.01, 0.5), succeeds=False),
     "late": Kind(2, "late", (0.01, 0.5)),
     "broken": Kind(1, "plain", (0, 0), how="broken", succeeds=False),
     "refused": Kind(1, "plain", (0, 0), how="refused", succeeds=False),
@@ -83,7 +84,9 @@ class Tasks:
 
     def __init__(self, chaos: Chaos) -> None:
         self._chaos = chaos
-        self.all = {name: Task(self._perform, name, options, _NOBODY) for name, options in _TASKS.items()}
+        self.all: dict[str, Task[..., Any]] = {
+            name: Task(self._perform, name, options, _NOBODY) for name, options in _TASKS.items()
+        }
         self.before, self.after = Registry(), Registry()
         for name, task in self.all.items():
             self.after.add(task)

@@ -7,11 +7,14 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
+from unittest.mock import patch
 
+from dray.core import intake
 from dray.core.client import Client
 from dray.core.clock import TimeOrderedIds
 from dray.core.codec import Codec
 from dray.core.contracts import NoOptions, PluginContext, Serializer, Signer
+from dray.core.demand import Demand
 from dray.core.errors import PluginNotFound, TransportError
 from dray.core.executor import Settings, TaskExecutor
 from dray.core.failure import SafeErrors
@@ -20,15 +23,16 @@ from dray.core.hooks import NO_HOOKS
 from dray.core.parts import WorkerParts
 from dray.core.result import Results
 from dray.core.settler import Settler
-from dray.core.worker import EXIT_WARM, Worker
+from dray.core.worker import EXIT_COLD, EXIT_WARM, Worker
 from dray.plugins._memory import MemoryStore
 from dray.plugins.backends.memory import MemoryBackend
 from dray.plugins.serializers.json import JsonSerializer
 from dray.plugins.serializers.signed import SignedSerializer
 from dray.testing.sim_audit import MAX_DELIVERIES, Audit
 from dray.testing.sim_broker import SimBackend, SimTransport
-from dray.testing.sim_faults import QUIET, Chaos, Monkey, Odds
+from dray.testing.sim_faults import QUIET, Chaos, Odds
 from dray.testing.sim_kernel import Kernel, Process, VirtualClock
+from dray.testing.sim_monkey import Monkey, Seat
 from dray.testing.sim_pool import SimPool
 from dray.testing.sim_script import QUEUES, Revoke, Scriptwriter, Send, Tasks, unsent
 from dray.testing.sim_threading import virtual_threads
@@ -53,20 +57,11 @@ class Report(NamedTuple):
     faults: Counter[str]
     tasks: int
     runs: int
+    gaps: list[str]
+    """See ``Audit.gaps``."""
     virtual_s: float
     steps: int
     trace: list[str] | None
-
-
-class Seat:
-    """One worker of the world: a name under which processes follow each other."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.process: Process | None = None
-        self.worker: Worker | None = None
-        self.transport: SimTransport | None = None
-        self.pool: SimPool | None = None
 
 
 class World:
@@ -78,9 +73,10 @@ class World:
         draw = self.kernel.random
         self.clock = VirtualClock(self.kernel)
         self.chaos = Chaos(self.kernel)
-        self.audit = Audit(self.kernel)
         self.signed = draw.random() < 0.35
+        self.audit = Audit(self.kernel, self.signed)
         self.poor = draw.random() < 0.3
+        self.window_s = draw.choice((0.05, 3.0, 10.0))
         self.wildness = draw.choice((0.0, 0.3, 1.0, 1.0, 2.0))
         self.store = MemoryStore()
         self.results = MemoryBackend(NoOptions(), self.context("memory", self.kernel.world))
@@ -88,7 +84,7 @@ class World:
         self.tasks = Tasks(self.chaos)
         self.seats = [Seat(f"worker{number}") for number in range(draw.randint(2, 3))]
         self.scripts = Scriptwriter(draw, self.tasks, self.codec, self.audit).write(draw.randint(1, 2))
-        self.producers: dict[int, Process] = {}
+        self.producers: dict[int, tuple[Process, SimTransport]] = {}
         self.deployed = False
         self.closing = False
 
@@ -116,13 +112,17 @@ class World:
             clock=self.clock,
         )
 
+    def _demand(self, capacity: int) -> Demand:
+        """With a longer look-ahead in some worlds: pools hold what they have not begun, and may have too much of it."""
+        return Demand(capacity, self.window_s)
+
     # --- its history ---------------------------------------------------------------------------------------
 
     def run(self) -> Report:
         """The whole history, from the first message to the last check."""
         kernel, audit = self.kernel, self.audit
         try:
-            with virtual_threads(kernel, self._exit_now):
+            with virtual_threads(kernel, self._exit_now), patch.object(intake, "Demand", self._demand):
                 self._chaotic()
                 self._come_to_rest()
                 self._stop_workers()
@@ -134,8 +134,8 @@ class World:
             judge(audit, self.store, poor=self.poor)
         runs = sum(entry.runs.total() for entry in audit.entries.values())
         return Report(
-            self.seed, kernel.digest, audit.violations, self.chaos.counts, len(audit.entries), runs, kernel.now,
-            kernel.steps, kernel.trace,
+            self.seed, kernel.digest, audit.violations, self.chaos.counts, len(audit.entries), runs, audit.gaps,
+            kernel.now, kernel.steps, kernel.trace,
         )  # fmt: skip
 
     def _chaotic(self) -> None:
@@ -146,17 +146,12 @@ class World:
         for number in range(len(self.scripts)):
             self._start_producer(number)
         if wild:
-            acts = [
-                (3, self._kill_one), (3, self._pause_one), (1, self._stop_one), (1, self._stop_one_cold),
-                (3, self._crash_slot), (1, lambda: self._outage("transport", 6)), (1, lambda: self._outage("backend", 25)),
-                (1, self._kill_producer),
-            ]  # fmt: skip
-            monkey = Monkey(self.chaos, 6.0 / wild, acts)
-            self.kernel.spawn(self.kernel.world, "monkey", lambda: monkey.run(CHAOS_S))
+            monkey = Monkey(self.chaos, self.seats, self.producers)
+            self.kernel.spawn(self.kernel.world, "monkey", lambda: monkey.run(6.0 / wild, CHAOS_S))
         self._pass(DEPLOY_S)
         self.deployed = True
         for seat in self.seats:
-            self._stop(seat)
+            seat.stop()
         self._pass(CHAOS_S)
 
     def _come_to_rest(self) -> None:
@@ -179,7 +174,7 @@ class World:
     def _stop_workers(self) -> None:
         self.closing = True
         for seat in self.seats:
-            self._stop(seat)
+            seat.stop()
         deadline = self.kernel.now + 60
         while self.kernel.now < deadline and any(seat.process is not None for seat in self.seats):
             self.kernel.sleep(1.0)
@@ -194,9 +189,14 @@ class World:
         assert isinstance(parts.transport, SimTransport)
         assert isinstance(parts.pool, SimPool)
         seat.process, seat.worker, seat.transport, seat.pool = process, Worker(parts), parts.transport, parts.pool
+        seat.told_cold = False
         process.on_death = lambda: self._died(seat, process)
         worker = seat.worker
         self.kernel.spawn(process, "main", lambda: self._live(process, worker))
+
+    def _restart(self, seat: Seat) -> None:
+        if not self.closing:
+            self._start(seat)
 
     def _parts(self, process: Process) -> WorkerParts:
         transport = SimTransport(process, self.chaos, self.audit, self.store, self.context("sim", process), self.poor)
@@ -247,8 +247,10 @@ class World:
 
     def _exit(self, process: Process, code: int) -> None:
         self.kernel.note(f"exit {code}")
+        (seat,) = (seat for seat in self.seats if seat.process is process)
         if self.closing:
-            self.audit.expect(code == EXIT_WARM, "stop", f"{process.name} ended with {code} in the quiet period")
+            as_told = code == EXIT_WARM or (code == EXIT_COLD and seat.told_cold)
+            self.audit.expect(as_told, "stop", f"{process.name} ended with {code} in the quiet period")
             held = [h.entry.id for h in self.audit.holdings.values() if h.process is process]
             self.audit.expect(not held, "G4", f"{process.name} stopped in order and left {held}")
         process.on_death()
@@ -258,7 +260,7 @@ class World:
         self.audit.died(process)
         seat.process = seat.worker = seat.pool = None
         if not self.closing:
-            self._later(self.kernel.random.uniform(0.2, 6.0), lambda: self._start(seat))
+            self._later(self.kernel.random.uniform(0.2, 6.0), lambda: self._restart(seat))
 
     def _later(self, seconds: float, act: Callable[[], object]) -> None:
         def wait() -> None:
@@ -272,9 +274,9 @@ class World:
     def _start_producer(self, number: int) -> None:
         process = self.kernel.process(f"producer{number}")
         process.on_death = lambda: self._later(1.0, lambda: self._start_producer(number))
-        self.producers[number] = process
         transport = SimTransport(process, self.chaos, self.audit, self.store, self.context("sim", process), self.poor)
         backend = SimBackend(process, self.chaos, self.audit, self.results)
+        self.producers[number] = process, transport
         client = Client(
             transport=transport,
             backend=backend,
@@ -316,53 +318,3 @@ class World:
             else:
                 client.send_many(step.calls)
             self.audit.confirmed([call.options.task_id or "" for call in step.calls])
-
-    # --- what befalls them ---------------------------------------------------------------------------------
-
-    def _living(self) -> Seat | None:
-        seats = [seat for seat in self.seats if seat.process is not None]
-        return self.kernel.random.choice(seats) if seats else None
-
-    def _kill_one(self) -> None:
-        if (seat := self._living()) is not None and seat.process is not None:
-            self.chaos.kill(seat.process, "by the monkey")
-
-    def _pause_one(self) -> None:
-        if (seat := self._living()) is not None and seat.process is not None:
-            seconds = self.kernel.random.uniform(2.0, 25.0)
-            self.chaos.fault(f"pause {seat.name} {seconds:.1f}")
-            seat.process.paused_until = seat.process.troubled_at = self.kernel.now + seconds
-
-    def _stop_one(self) -> None:
-        if (seat := self._living()) is not None:
-            self.chaos.fault(f"stop {seat.name}")
-            self._stop(seat)
-
-    def _stop(self, seat: Seat) -> None:
-        if seat.worker is not None and seat.transport is not None:
-            seat.transport.stopping = True
-            seat.worker.stop()
-
-    def _stop_one_cold(self) -> None:
-        if (seat := self._living()) is not None and seat.worker is not None and seat.transport is not None:
-            self.chaos.fault(f"stop-cold {seat.name}")
-            seat.transport.stopping = True
-            seat.worker.stop_cold()
-
-    def _crash_slot(self) -> None:
-        if (seat := self._living()) is not None and seat.pool is not None:
-            busy = [slot for slot in seat.pool.slots if slot.delivery is not None]
-            if busy:
-                slot = self.kernel.random.choice(busy)
-                self.chaos.fault(f"crash {seat.name} under {slot.delivery.id if slot.delivery else ''}")
-                slot.crash()
-
-    def _kill_producer(self) -> None:
-        process = self.producers[self.kernel.random.randrange(len(self.producers))]
-        if process.fibers:
-            self.chaos.kill(process, "by the monkey")
-
-    def _outage(self, service: str, longest_s: float) -> None:
-        seconds = self.kernel.random.uniform(0.5, longest_s)
-        self.chaos.fault(f"outage {service} {seconds:.1f}")
-        self.chaos.outages[service] = self.kernel.now + seconds

@@ -1,27 +1,41 @@
 """The conformance kit for transports: what :class:`~dray.core.contracts.Transport` promises, as tests.
 
-A plugin's test module holds a subclass with one method::
+A plugin's test module holds a subclass; one method is enough where there is no server::
+
+    from dray.testing import TransportConformance, plugin_context
 
     class TestMine(TransportConformance):
-        def make(self, clock):
-            return MyTransport(MyOptions(url=...), plugin_context("mine", clock))
+        patience_s = 2.0                                     # a message may take that long to be seen
 
-Each test gets an empty store and uses the contract alone. A test for an ability that the plugin does not declare is
-reported as not applicable; a declared one must hold.
+        def make(self, clock):
+            options = MyTransport.Options(url="mine://127.0.0.1:7777", prefix=self.tmp_path.name)
+            return MyTransport(options, plugin_context("mine", clock))
+
+        def restart(self):                                   # from D2 on: with SIGKILL
+            subprocess.run(["docker", "restart", "--signal", "KILL", "mine"], check=True)
+
+        def advance(self, seconds):                          # it lives by its server's clock
+            time.sleep(seconds)
+
+Each test gets an empty store (above: queues of its own, by their prefix) and uses the contract alone. A test for an
+ability that the plugin does not declare is reported as not applicable; a declared one must hold, and none of the tests
+can be left out. ``DRAY_CONFORMANCE_EXAMPLES=1000`` makes the state machine look longer. Run with
+``DRAY_CONFORMANCE_REPORT=src/mine/conformance.json`` and ship that file beside the plugin's module: ``dray plugins
+--conformance`` then shows what is proven. Durability is proven up to D2; for D3 and D4 the kit takes the plugin's word.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-import pytest
+from typing import Any, ClassVar
 
 from dray.core.clock import Clock, SystemClock
 from dray.core.contracts import (
+    API_VERSION,
+    Broadcaster,
     Consumer,
     DeadLetters,
     Durability,
@@ -31,16 +45,35 @@ from dray.core.contracts import (
 )
 from dray.core.message import Action, Delivery, Outgoing, Settlement
 from dray.testing.clock import FakeClock
+from dray.testing.kit import Conformance
 from dray.testing.transport_abilities import AbilityTests
+from dray.testing.transport_crashes import CrashTests
 from dray.testing.transport_delivery import DeliveryTests
+from dray.testing.transport_machine import run_machine
+from dray.testing.transport_ownership import OwnershipTests
+from dray.testing.transport_refusals import RefusalTests
 
 
-class TransportHarness:
+class TransportHarness(Conformance):
     """What the tests of the kit call; a subclass gives ``make``, and overrides the rest where a server needs it."""
 
+    kind = "transports"
+    proofs: ClassVar[Mapping[str, str]] = {
+        "durability": "durable",
+        "lease_s": "leases",
+        "max_delay_s": "delays",
+        "priorities": "priorities",
+        "atomic_then": "atomic_then",
+        "dead_letter": "dead_letter",
+        "release": "release",
+        "max_body_bytes": "contract",
+        "push": "push",
+        "shared": "shared",
+    }
     patience_s = 0.0
     """How long a message may take to become visible; an embedded store has it at once."""
-    tmp_path: Path
+    machine_examples = 40
+    """How many runs the state machine tries; fewer where time really passes."""
     clock: FakeClock
 
     def make(self, clock: Clock) -> Transport:
@@ -50,37 +83,52 @@ class TransportHarness:
     def restart(self) -> None:
         """Restart the server. Without one there is nothing to do."""
 
+    def break_store(self) -> None:
+        """Make this test's store fail from now on, as far as a test can: stop the server, spoil the files."""
+
     def advance(self, seconds: float) -> None:
         """Let time pass. A transport that lives by its server's clock overrides this."""
         self.clock.advance(seconds)
 
-    @pytest.fixture(autouse=True)
-    def dray_kit(self, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[None]:
-        """Give the test its clock and folder, see that it applies, and close what it opened."""
-        self.tmp_path = tmp_path
+    def begin(self, tmp_path: Path) -> None:
+        super().begin(tmp_path)
         self.clock = FakeClock()
         self._transports: list[Transport] = []
-        for ability in getattr(request.function, "dray_needs", ()):
-            if not self._has(ability):
-                pytest.skip(f"not applicable: {type(self).__name__} does not declare {ability}")
-        yield
+
+    def end(self) -> None:
         for transport in self._transports:
             transport.close()
 
-    def _has(self, ability: str) -> bool:
-        transport: Transport = self.open()
+    def sample(self) -> Transport:
+        if not self._transports:
+            self.open()
+        return self._transports[0]
+
+    def abilities(self) -> Mapping[str, bool]:
+        transport = self.sample()
         features = transport.features
-        declared: dict[str, bool] = {
-            "durable": features.durability >= Durability.D1,
+        optional = {
             "leases": features.lease_s is not None,
             "delays": features.max_delay_s > 0,
             "priorities": features.priorities > 1,
             "dead_letter": features.dead_letter,
             "release": features.release,
+        }
+        return {
+            **optional,
+            **{f"no_{ability}": not declared for ability, declared in optional.items()},
+            "bounded_delays": 0 < features.max_delay_s < math.inf,
+            "atomic_then": features.atomic_then,
+            "stepwise_then": not features.atomic_then,
+            "durable": features.durability >= Durability.D1,
+            "survives_sigkill": features.durability >= Durability.D2,
+            "push": features.push,
+            "shared": features.shared,
+            "breakable": type(self).break_store is not TransportHarness.break_store,
             "inspectable": isinstance(transport, Inspectable),
             "tombstones": isinstance(transport, Tombstones),
+            "broadcast": isinstance(transport, Broadcaster),
         }
-        return declared[ability]
 
     def open(self, clock: Clock | None = None) -> Any:
         """An opened transport (any ability may be called on it: the tests say what they need)."""
@@ -88,6 +136,10 @@ class TransportHarness:
         self._transports.append(transport)
         transport.open()
         return transport
+
+    def forget_transports(self) -> None:
+        """Those that were opened so far are closed."""
+        self._transports.clear()
 
     def open_now(self) -> Any:
         """The same on the machine's clock, for what blocks."""
@@ -141,15 +193,22 @@ class TransportHarness:
         )
 
 
-class TransportConformance(DeliveryTests, AbilityTests, TransportHarness):
+class TransportConformance(
+    DeliveryTests, OwnershipTests, AbilityTests, CrashTests, RefusalTests, TransportHarness
+):
     """All that is pinned for transports. Subclass it, give ``make``."""
 
     def test_declared_features_fit_each_other(self) -> None:
         transport = self.open()
         features = transport.features
-        assert transport.api == 1
+        assert transport.api == API_VERSION
         assert features.lease_s is None or 0 < features.lease_s < math.inf
         assert features.max_delay_s >= 0
         assert 1 <= features.priorities <= 10
         assert features.max_body_bytes >= 2**16
         assert features.dead_letter == isinstance(transport, DeadLetters)
+        assert features.shared or features.durability == Durability.D0, "what no other process sees survives nothing"
+
+    def test_state_machine(self) -> None:
+        """Random calls, faults and restarts; at the end every message is accounted for."""
+        run_machine(self)

@@ -49,8 +49,8 @@ class JsonSerializer(Serializer):
             return text.encode()
         except EncodeError:
             raise
-        except UnicodeEncodeError as error:
-            raise EncodeError("a text holds a lone surrogate, which UTF-8 cannot carry: pass bytes instead") from error
+        except UnicodeEncodeError:  # not chained: its repr holds the whole text
+            raise EncodeError("a text holds a lone surrogate, which UTF-8 cannot carry: pass bytes instead") from None
         except RecursionError as error:
             raise EncodeError("the value is nested too deeply for JSON: pass something flatter") from error
         except Exception as error:  # the encoder's own (NaN, cycles, huge integers), or a user's class that raises

@@ -36,7 +36,8 @@ class MsgpackSerializer(Serializer):
         except EncodeError:
             raise
         except Exception as error:  # the packer's own, or a user's class that raises
-            raise EncodeError(f"the value cannot be sent as msgpack: {_reason(error)}") from error
+            told = None if isinstance(error, UnicodeEncodeError) else error  # its repr holds the whole text
+            raise EncodeError(f"the value cannot be sent as msgpack: {_reason(error)}") from told
         return data
 
     def loads(self, data: bytes) -> object:

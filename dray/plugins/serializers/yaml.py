@@ -38,8 +38,8 @@ class YamlSerializer(Serializer):
             return text.encode()
         except EncodeError:
             raise
-        except UnicodeEncodeError as error:
-            raise EncodeError("a text holds a lone surrogate, which UTF-8 cannot carry: pass bytes instead") from error
+        except UnicodeEncodeError:  # not chained: its repr holds the whole text
+            raise EncodeError("a text holds a lone surrogate, which UTF-8 cannot carry: pass bytes instead") from None
         except Exception as error:  # huge integers, or a user's class that raises
             raise EncodeError(f"the value cannot be sent as YAML: {type(error).__name__}: {error}") from error
 
