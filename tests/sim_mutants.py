@@ -59,6 +59,7 @@ MUTANTS: dict[str, tuple[Any, str, Any]] = {
     "renews no lease": (Keeper, "_renew", _nothing),
     "looks for no revocation": (Keeper, "_revoke", _nothing),
     "does not ask what was revoked": (Intake, "_buried", _nothing),
+    "counts as held what came back": (Intake, "returned", _nothing),
     "hands out for ever": (sim_world, "MAX_DELIVERIES", 99),
     "counts no crash": (executor_module, "CRASHES_MAX", 99),
     "forgets to count the attempt": (TaskExecutor, "_again", _forgets_the_attempt),

@@ -299,7 +299,7 @@ class ResultBackend(Plugin, ABC):
         """Write all, in one round trip where possible, at the durability claimed.
 
         A terminal state is never replaced by anything (first terminal result wins); others are replaced. Raises
-        ``Unavailable``, ``Uncertain``; repeating the batch is harmless.
+        ``Unavailable``, ``Uncertain``, ``TooLarge`` (checked first: none stored); repeating the batch is harmless.
         """
 
     @abstractmethod

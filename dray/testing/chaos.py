@@ -172,13 +172,13 @@ class ChaosProxy:
         self.connections += 1
         self._handlers.add(task)
         try:
-            if not self._trouble.refuse:
-                await self._connect(reader, writer)
+            if self._trouble.refuse:
+                raise ConnectionRefusedError
+            await self._connect(reader, writer)
         except (OSError, asyncio.CancelledError):
-            pass  # nobody waits for this task's end: asyncio would only log it
+            _reset(writer)  # and no more: nobody waits for this task, asyncio would only log its error
         finally:
             self._handlers.discard(task)
-            _reset(writer)
 
     async def _connect(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         link = _Link(self, (reader, writer), await asyncio.open_connection(*self.target))
@@ -241,9 +241,10 @@ class _Link:
         ways = (self._pipe(self._here[0], self._there[1], up=True), self._pipe(self._there[0], self._here[1], up=False))
         try:
             await asyncio.gather(*ways)
-        finally:
             for _, writer in (self._here, self._there):
-                writer.transport.abort()
+                await _close(writer)
+        finally:
+            self.reset()
 
     def reset(self) -> None:
         for _, writer in (self._here, self._there):
@@ -276,10 +277,15 @@ class _Link:
 
     async def _cut(self, sender: asyncio.StreamWriter, receiver: asyncio.StreamWriter) -> None:
         _reset(sender)
-        receiver.close()
-        with contextlib.suppress(TimeoutError, OSError):
-            async with asyncio.timeout(FLUSH_S):
-                await receiver.wait_closed()
+        await _close(receiver)
+
+
+async def _close(writer: asyncio.StreamWriter) -> None:
+    """Close once what was written is on its way."""
+    writer.close()
+    with contextlib.suppress(TimeoutError, OSError):
+        async with asyncio.timeout(FLUSH_S):
+            await writer.wait_closed()
 
 
 def _reset(writer: asyncio.StreamWriter) -> None:
