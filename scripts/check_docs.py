@@ -27,7 +27,7 @@ import yaml
 from docblocks import Block, blocks, prose
 from markdown.extensions.toc import slugify
 
-from dray.cli import main as cli
+from dray.cli import cli
 
 ROOT = Path(__file__).resolve().parent.parent
 OUTSIDE = [ROOT / "README.md", ROOT / "CHANGELOG.md"]

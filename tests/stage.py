@@ -161,9 +161,9 @@ class Stage:
 
     def send_all(self) -> None:
         """From another thread: a stopped process may hold the database's lock, and it is we who wake it."""
-        with ThreadPoolExecutor(1) as pool:
-            self.sending = pool.submit(send_all, self.app, self.ledger)
-            pool.shutdown(wait=False)
+        pool = ThreadPoolExecutor(1)
+        self.sending = pool.submit(send_all, self.app, self.ledger)
+        pool.shutdown(wait=False)
 
     def finish(self) -> None:
         """Let stopped processes go on once their leases are over; wait until nothing is in the store."""

@@ -25,7 +25,7 @@ from dray.core.errors import (
     Uncertain,
 )
 from dray.core.hooks import hookimpl
-from dray.core.message import Action, Outgoing, Settlement, State, StoredResult
+from dray.core.message import Action, Delivery, Outgoing, Settlement, State, StoredResult
 from dray.testing.clock import FakeClock
 from tests.parts import memory_transport
 
@@ -399,3 +399,18 @@ def test_a_call_costs_forty_python_calls_at_most(shop: Shop) -> None:
     finally:
         sys.setprofile(None)
     assert 5 < count <= 40
+
+
+def test_a_dataclass_travels_where_the_task_says_so() -> None:
+    from tests.checked import Order, priced
+
+    app = Dray(transport="memory", backend="memory")
+    task = app.task(validate=True, name="priced")(priced)
+    task.delay(Order("pear", 3))
+    (message,) = app.transport.peek("default", 1)  # type: ignore[attr-defined]
+    assert app.codec.decode_call(Delivery("default", message.id, message.body, message.headers, None)) == (
+        [{"name": "pear", "count": 3}],
+        {},
+    )
+    with pytest.raises(InvalidArguments):
+        task.delay("pear")  # type: ignore[arg-type]

@@ -73,8 +73,8 @@ def test_different_seeds_are_different_histories() -> None:
 @pytest.mark.parametrize("name", MUTANTS)
 def test_a_broken_core_is_noticed(name: str) -> None:
     with mutated(name):
-        caught = next((seed for seed in range(60) if simulate(seed).violations), None)
-    assert caught is not None, f"60 histories of a worker that {name}, and nothing was noticed"
+        caught = next((seed for seed in range(100) if simulate(seed).violations), None)
+    assert caught is not None, f"100 histories of a worker that {name}, and nothing was noticed"
 
 
 def test_the_command_counts_and_succeeds(capsys: pytest.CaptureFixture[str]) -> None:

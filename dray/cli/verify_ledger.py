@@ -28,7 +28,7 @@ def verify_ledger_command(
     json_: bool,
     extra_runs: int | None,
 ) -> None:
-    """Compare a producer's ledger, the tasks' run log and the stores: was anything lost, or run too often?
+    """Audit what was sent, what ran and what the stores say.
 
     LEDGER, JSON lines {"id", "state", "time"}: "sending" before a call, then "confirmed", "uncertain" or "failed".
     RUNS, JSON lines {"id", "attempt", "event", "time", "pid"}: "start", then "end" or "error".

@@ -90,7 +90,7 @@ class Client:
         while True:
             try:
                 batch = list(itertools.islice(calls, SLICE))
-                messages = [self._message(*call) for call in batch]
+                messages = [self._message(*_signature(call)) for call in batch]
             except Exception as error:
                 if ids:
                     error.add_note(f"{len(ids)} calls before this one were sent")
@@ -163,8 +163,8 @@ class Client:
         self, task: Task[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], options: CallOptions
     ) -> Outgoing:
         task.bind(args, kwargs)
-        if task.check is not None:
-            task.check(args, kwargs)
+        if task.validator is not None:
+            args, kwargs = task.validator.dump(args, kwargs)
         plain = self._plain.get(task)
         if plain is None:
             plain = self._plain[task] = self._defaults(task)
@@ -225,6 +225,12 @@ class Client:
         if options.priority:
             headers["prio"] = str(options.priority)
         return options.queue or self._route(task.name), headers, options.priority
+
+
+def _signature(call: object) -> Signature:
+    if not isinstance(call, Signature):
+        raise ConfigError(f"send_many takes calls that are bound: task.s(arguments), not {call!r}"[:200])
+    return call
 
 
 def _ignored(task: Task[..., Any], options: CallOptions) -> bool:

@@ -185,8 +185,8 @@ class TaskExecutor:
             if expires is not None and expires <= self._clock.time():
                 return self._expired(delivery, task, expires)
         try:
-            if task.check is not None:
-                args, kwargs = task.check(tuple(args), kwargs)  # type: ignore[assignment]
+            if task.validator is not None:
+                args, kwargs = task.validator.load(tuple(args), kwargs)  # type: ignore[assignment]
             else:
                 task.bind(args, kwargs)  # type: ignore[arg-type]
         except InvalidArguments as error:
@@ -214,7 +214,7 @@ class TaskExecutor:
         since = now if since is None or since > now else since  # a time to come would make it wait for ever
         check_name_of(delivery)
         if now - since < self._settings.unknown_task_wait_s:
-            log.warning("task %s: %r is not known here%s; it waits", delivery.id, name, self._registry.hint(name))
+            log.warning("task %s: %r is not known here, it waits%s", delivery.id, name, self._registry.hint(name))
             again = self._codec.resend(delivery, {"since": repr(since)}, now + UNKNOWN_PAUSE_S)
             return Outcome(Settlement(delivery, Action.ACK, (again,)), None)
         return self._dead(delivery, DecodeError(f"unknown task {name!r}{self._registry.hint(name)}"))
@@ -281,8 +281,8 @@ class TaskExecutor:
     # --- after the function --------------------------------------------------------------------------------
 
     def _succeeded(self, delivery: Delivery, call: _Call, value: Any) -> Outcome:
-        if call.task.check_return is not None:
-            value = call.task.check_return(value)
+        if call.task.validator is not None:
+            value = call.task.validator.dump_return(value)
         result = None
         if call.result_s is not None:
             result = self._result(delivery.id, State.SUCCESS, value, call.result_s)

@@ -153,6 +153,12 @@ class AsyncResult(Generic[R]):
         return snapshot.value
 
     @property
+    def progress(self) -> Any:
+        """The last ``current().progress(...)`` of a task that runs, as a mapping; None before and after."""
+        snapshot = self._snapshot()
+        return snapshot.value if snapshot.state is State.STARTED else None
+
+    @property
     def traceback(self) -> str | None:
         """The worker's formatted traceback of a task that failed or is being retried."""
         snapshot = self._snapshot()

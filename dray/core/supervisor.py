@@ -22,16 +22,25 @@ EXIT_USAGE = 2
 """A mistake in the configuration or the command line: starting again would not help."""
 LIFELINE = "DRAY_LIFELINE"
 """Environment variable: a file descriptor whose end of file means that the supervisor is gone."""
+REPEAT_S = 1.0
 RESTARTS, RESTARTS_WINDOW_S = 5, 60.0
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0
 
 
 def run_with_signals(worker: Worker) -> int:
-    """Run a worker on the main thread. First TERM or INT: warm stop; second: cold stop. Returns its exit code."""
-    received = 0
+    """Run a worker on the main thread. First TERM or INT: warm stop; the next: cold stop. Returns its exit code.
+
+    One within a second of the last is taken for the same: a service manager may signal the supervisor and its workers,
+    and the supervisor passes on what it gets.
+    """
+    received, last = 0, -REPEAT_S
 
     def handle(number: int, _: FrameType | None) -> None:
-        nonlocal received
+        nonlocal received, last
+        now = time.monotonic()
+        repeated, last = now - last < REPEAT_S, now
+        if repeated:
+            return
         received += 1
         if received == 1:
             log.warning("%s: warm stop; once more to stop at once", signal.Signals(number).name)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from datetime import datetime, timedelta
 
     from dray.core.result import AsyncResult
+    from dray.core.validation import Validator
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -144,12 +145,11 @@ class Task(Generic[P, R]):
         self.signature = inspect.signature(fn)
         self.user_headers = check_user_headers(options.headers)
         self._least, self._most = _positional_bounds(self.signature)
-        self.check: Callable[[tuple[Any, ...], Mapping[str, Any]], tuple[tuple[Any, ...], dict[str, Any]]] | None = None
-        self.check_return: Callable[[Any], Any] | None = None
+        self.validator: Validator | None = None
         if options.validate:
-            from dray.core.validation import validators
+            from dray.core.validation import Validator
 
-            self.check, self.check_return = validators(name, fn, self.signature)
+            self.validator = Validator(name, fn, self.signature)
         self.__name__ = getattr(fn, "__name__", name)
         self.__doc__ = fn.__doc__
         self.__module__ = fn.__module__
@@ -174,6 +174,8 @@ class Task(Generic[P, R]):
         self, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None, **options: Any
     ) -> AsyncResult[R]:
         """Queue a call with options: see :class:`CallOptions` for their names."""
+        if not isinstance(args, (tuple, list)):
+            raise InvalidArguments(f"apply_async({args!r}): the arguments as a tuple: apply_async(({args!r},))")
         return self.sender.send(self, tuple(args), kwargs or {}, call_options(options))
 
     def options(self, **options: Any) -> BoundTask[P, R]:

@@ -8,62 +8,80 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, get_type_hints
+from typing import TYPE_CHECKING, Any, get_type_hints
 
-from dray.core.errors import InvalidArguments, PluginDriverMissing, TaskError
+from dray.core.errors import EncodeError, InvalidArguments, PluginDriverMissing
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-def validators(
-    name: str, fn: Callable[..., Any], signature: inspect.Signature
-) -> tuple[Callable[[tuple[Any, ...], Mapping[str, Any]], Arguments], Callable[[Any], Any]]:
-    """Two functions: arguments -> converted ones (``InvalidArguments``), return value -> converted (``TaskError``)."""
-    try:
-        from pydantic import ConfigDict, TypeAdapter, ValidationError
-    except ImportError as error:
-        raise PluginDriverMissing(f'task {name}: validate=True needs pydantic: pip install "dray[validate]"') from error
+class Validator:
+    """The type hints of one function. Immutable; any thread. Raises ``PluginDriverMissing`` without pydantic."""
 
-    hints = get_type_hints(fn, include_extras=True)
-
-    def adapter(hint: Any) -> TypeAdapter[Any]:
+    def __init__(self, name: str, fn: Callable[..., Any], signature: inspect.Signature) -> None:
         try:
-            return TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True))
-        except Exception:
-            return TypeAdapter(hint)  # a model or a dataclass brings its own configuration
+            from pydantic import ValidationError
+        except ImportError as error:
+            text = f'task {name}: validate=True needs pydantic: pip install "dray[validate]"'
+            raise PluginDriverMissing(text) from error
+        self._name = name
+        self._signature = signature
+        self._error = ValidationError
+        self._hints = get_type_hints(fn, include_extras=True)
+        self._adapters = {key: _adapter(hint) for key, hint in self._hints.items()}
 
-    adapters = {key: adapter(hint) for key, hint in hints.items() if key != "return"}
-    returns = adapter(hints["return"]) if "return" in hints else None
+    def load(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Arguments:
+        """For the worker: arguments as the hints say. Raises ``InvalidArguments``."""
+        return self._each(args, kwargs, lambda adapter, value: adapter.validate_python(value))
 
-    def check(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Arguments:
-        try:
-            bound = signature.bind(*args, **kwargs)
-        except TypeError as error:
-            raise InvalidArguments(f"{name}{signature}: {error}") from None
-        for key, value in bound.arguments.items():
-            if key not in adapters:
-                continue
-            convert, kind = adapters[key].validate_python, signature.parameters[key].kind
-            try:
-                if kind is inspect.Parameter.VAR_POSITIONAL:
-                    bound.arguments[key] = tuple(convert(item) for item in value)
-                elif kind is inspect.Parameter.VAR_KEYWORD:
-                    bound.arguments[key] = {k: convert(item) for k, item in value.items()}
-                else:
-                    bound.arguments[key] = convert(value)
-            except ValidationError as error:
-                raise InvalidArguments(f"{name}: argument {key!r}: {_summary(error)}") from None
-        return bound.args, bound.kwargs
+    def dump(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Arguments:
+        """For the caller: checked, and as plain data (a dataclass or a model as a mapping). As :meth:`load`."""
+        return self._each(args, kwargs, lambda adapter, value: adapter.dump_python(adapter.validate_python(value)))
 
-    def check_return(value: Any) -> Any:
-        if returns is None:
+    def dump_return(self, value: Any) -> Any:
+        """A return value, checked, as plain data. Raises ``EncodeError``: trying again would give the same."""
+        adapter = self._adapters.get("return")
+        if adapter is None:
             return value
         try:
-            return returns.validate_python(value)
-        except ValidationError as error:
-            raise TaskError(f"{name}: the return value does not fit {hints['return']}: {_summary(error)}") from None
+            return adapter.dump_python(adapter.validate_python(value))
+        except self._error as error:
+            hint = self._hints["return"]
+            raise EncodeError(f"{self._name}: the return value does not fit {hint}: {_summary(error)}") from None
 
-    return check, check_return
+    def _each(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], convert: Callable[[TypeAdapter[Any], Any], Any]
+    ) -> Arguments:
+        try:
+            bound = self._signature.bind(*args, **kwargs)
+        except TypeError as error:
+            raise InvalidArguments(f"{self._name}{self._signature}: {error}") from None
+        for key, value in bound.arguments.items():
+            adapter, kind = self._adapters.get(key), self._signature.parameters[key].kind
+            if adapter is None:
+                continue
+            try:
+                if kind is inspect.Parameter.VAR_POSITIONAL:
+                    bound.arguments[key] = tuple(convert(adapter, item) for item in value)
+                elif kind is inspect.Parameter.VAR_KEYWORD:
+                    bound.arguments[key] = {name: convert(adapter, item) for name, item in value.items()}
+                else:
+                    bound.arguments[key] = convert(adapter, value)
+            except self._error as error:
+                raise InvalidArguments(f"{self._name}: argument {key!r}: {_summary(error)}") from None
+        return bound.args, bound.kwargs
+
+
+def _adapter(hint: Any) -> TypeAdapter[Any]:
+    from pydantic import ConfigDict, TypeAdapter
+
+    try:
+        return TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True))
+    except Exception:
+        return TypeAdapter(hint)  # a model or a dataclass brings its own configuration
 
 
 def _summary(error: Any) -> str:

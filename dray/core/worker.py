@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import queue
@@ -194,5 +195,7 @@ class Worker:
         deadline, nobody = parts.clock.monotonic() + FLUSH_S, threading.Event()
         while parts.settler.backlog and parts.clock.monotonic() < deadline:
             parts.clock.wait(nobody, 0.005)
+        with contextlib.suppress(Exception):
+            parts.transport.close()  # others need not find out that we are gone
         logging.shutdown()
         os._exit(EXIT_COLD)

@@ -1,37 +1,52 @@
 """The conformance kit for result back ends: what :class:`~dray.core.contracts.ResultBackend` promises, as tests.
 
-A plugin's test module holds a subclass with one method::
+A plugin's test module holds a subclass; one method is enough where there is no server::
+
+    from dray.testing import ResultBackendConformance, plugin_context
 
     class TestMine(ResultBackendConformance):
         def make(self, clock):
-            return MyBackend(MyOptions(url=...), plugin_context("mine", clock))
+            options = MyBackend.Options(url="mine://127.0.0.1:7777", prefix=self.tmp_path.name)
+            return MyBackend(options, plugin_context("mine", clock))
 
-Each test gets an empty store and uses the contract alone. A test for an ability that the plugin does not declare is
-reported as not applicable; a declared one must hold.
+        def restart(self):                                   # from D2 on: with SIGKILL
+            subprocess.run(["docker", "restart", "--signal", "KILL", "mine"], check=True)
+
+Each test gets an empty store (above: keys of its own, by their prefix) and uses the contract alone. A test for an
+ability that the plugin does not declare is reported as not applicable; a declared one must hold, and none of the tests
+can be left out. ``DRAY_CONFORMANCE_REPORT=path`` writes down what was proven.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
 from dray.core.clock import Clock, SystemClock
-from dray.core.contracts import Barrier, Durability, ResultBackend
-from dray.core.errors import TooLarge, Unavailable
+from dray.core.contracts import API_VERSION, Barrier, Durability, ResultBackend
+from dray.core.errors import TooLarge, TransportError, Unavailable
 from dray.core.message import TERMINAL, State, StoredResult
 from dray.testing.clock import FakeClock
-from dray.testing.harness import ODD_NAMES, PROMPT_S, Background, needs
+from dray.testing.harness import ODD_NAMES, PROMPT_S, Background, in_child, needs
+from dray.testing.kit import Conformance
 
 
-class ResultBackendConformance:
+class ResultBackendConformance(Conformance):
     """All that is pinned for result back ends. Subclass it, give ``make``."""
 
-    tmp_path: Path
+    kind = "backends"
+    proofs: ClassVar[Mapping[str, str]] = {
+        "keeps": "keeps",
+        "durability": "durable",
+        "push": "push",
+        "max_body_bytes": "keeps",
+        "shared": "shared",
+    }
     clock: FakeClock
 
     def make(self, clock: Clock) -> ResultBackend:
@@ -48,29 +63,35 @@ class ResultBackendConformance:
         """Let time pass. A back end that lives by its server's clock overrides this."""
         self.clock.advance(seconds)
 
-    @pytest.fixture(autouse=True)
-    def dray_kit(self, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[None]:
-        """Give the test its clock and folder, see that it applies, and close what it opened."""
-        self.tmp_path = tmp_path
+    def break_store(self) -> None:
+        """Make this test's store fail from now on, as far as a test can: stop the server, spoil the files."""
+
+    def begin(self, tmp_path: Path) -> None:
+        super().begin(tmp_path)
         self.clock = FakeClock()
         self._backends: list[ResultBackend] = []
-        for ability in getattr(request.function, "dray_needs", ()):
-            if not self._has(ability):
-                pytest.skip(f"not applicable: {type(self).__name__} does not declare {ability}")
-        yield
+
+    def end(self) -> None:
         for backend in self._backends:
             backend.close()
 
-    def _has(self, ability: str) -> bool:
-        backend: ResultBackend = self.open()
+    def sample(self) -> ResultBackend:
+        if not self._backends:
+            self.open()
+        return self._backends[0]
+
+    def abilities(self) -> Mapping[str, bool]:
+        backend = self.sample()
         features = backend.features
-        declared: dict[str, bool] = {
+        return {
             "keeps": features.keeps,
+            "no_keeps": not features.keeps,
             "shared": features.shared,
             "durable": features.durability >= Durability.D1,
+            "push": features.push,
             "barrier": isinstance(backend, Barrier),
+            "breakable": type(self).break_store is not ResultBackendConformance.break_store,
         }
-        return declared[ability]
 
     def open(self, clock: Clock | None = None) -> Any:
         """An opened back end (any ability may be called on it: the tests say what they need)."""
@@ -88,7 +109,7 @@ class ResultBackendConformance:
 
     def test_declared_features_fit_each_other(self) -> None:
         backend = self.open()
-        assert backend.api == 1
+        assert backend.api == API_VERSION
         assert backend.features.max_body_bytes >= 2**16
         assert backend.features.shared or backend.features.durability == Durability.D0
 
@@ -113,10 +134,9 @@ class ResultBackendConformance:
         backend.close()
         backend.close()
 
+    @needs("no_keeps")
     def test_a_back_end_that_keeps_nothing_says_nothing(self) -> None:
         backend = self.open()
-        if backend.features.keeps:
-            pytest.skip(f"not applicable: {type(self).__name__} keeps results")
         backend.store([self.result()])
         assert backend.fetch(["r"]) == {}
         started = time.monotonic()
@@ -215,7 +235,7 @@ class ResultBackendConformance:
 
     @needs("keeps")
     def test_of_many_at_once_one_wins_for_good(self) -> None:
-        backends = [self.open(), self.open()] if self._has("shared") else [self.open()] * 2
+        backends = [self.open(), self.open()] if self.abilities()["shared"] else [self.open()] * 2
         seen: list[bytes] = []
         ready = threading.Barrier(6)
 
@@ -276,7 +296,7 @@ class ResultBackendConformance:
     @pytest.mark.parametrize("count", [2, 100])
     def test_wait_returns_as_soon_as_there_is_one(self, count: int) -> None:
         waiting, about_to_wait = self.open(SystemClock()), threading.Event()
-        storing = self.open(SystemClock()) if self._has("shared") else waiting
+        storing = self.open(SystemClock()) if self.abilities()["shared"] else waiting
         ids = [f"r{number}" for number in range(count)]
         found: dict[str, StoredResult] = {}
 
@@ -293,6 +313,27 @@ class ResultBackendConformance:
         storing.store([self.result(ids[1])])
         background.join(PROMPT_S)
         assert set(found) == {ids[1]}
+
+    @needs("keeps", "push")
+    def test_a_pushed_result_is_not_polled_for(self) -> None:
+        backend = self.open(SystemClock())
+        assert type(backend).wait is not ResultBackend.wait, "it declares push, and polls as every back end does"
+        started, woken_at = threading.Event(), [0.0]
+
+        def wait() -> None:
+            started.set()
+            assert set(backend.wait(["r"], 30)) == {"r"}
+            woken_at[0] = time.monotonic()
+
+        background = Background()
+        background.start(wait)
+        assert started.wait(PROMPT_S)
+        # Long enough for one that polls ever slower to have become slow.
+        threading.Event().wait(0.3)
+        stored_at = time.monotonic()
+        backend.store([self.result()])
+        background.join(PROMPT_S)
+        assert woken_at[0] - stored_at < PROMPT_S
 
     # --- barrier -------------------------------------------------------------------------------------------
 
@@ -312,7 +353,7 @@ class ResultBackendConformance:
 
     @needs("barrier")
     def test_members_that_arrive_at_once_tell_one_of_them(self) -> None:
-        backends = [self.open(), self.open()] if self._has("shared") else [self.open()] * 2
+        backends = [self.open(), self.open()] if self.abilities()["shared"] else [self.open()] * 2
         told: list[tuple[int, bool]] = []
 
         def arrive(backend: Barrier, first: int) -> None:
@@ -342,17 +383,57 @@ class ResultBackendConformance:
         if is_barrier:
             assert backend.arrive("g", "b", 2)
 
+    @needs("keeps", "shared")
+    def test_a_forked_child_and_its_parent_go_on_side_by_side(self) -> None:
+        backend = self.open(SystemClock())
+        backend.store([self.result("before")])
+
+        def child() -> None:
+            own = self.make(SystemClock())
+            own.open()
+            own.store([self.result(f"child {number}") for number in range(20)])
+            own.close()
+
+        def parent() -> None:
+            backend.store([self.result(f"parent {number}") for number in range(20)])
+
+        assert in_child(child, parent) == 0
+        ids = ["before", *(f"{who} {number}" for who in ("child", "parent") for number in range(20))]
+        assert set(backend.fetch(ids)) == set(ids)
+
     @needs("keeps")
     def test_after_close_every_call_says_unavailable(self) -> None:
         backend = self.open()
         backend.store([self.result()])
         backend.close()
-        calls: list[Callable[[], object]] = [
-            lambda: backend.store([self.result()]),
-            lambda: backend.fetch(["r"]),
-            lambda: backend.delete(["r"]),
-            lambda: backend.wait(["r"], 1),
-        ]
-        for call in calls:
+        for name, call in self._calls(backend).items():
             with pytest.raises(Unavailable):
                 call()
+                pytest.fail(f"{name} worked after close")
+
+    @needs("keeps", "breakable")
+    def test_no_driver_exception_escapes(self) -> None:
+        backend = self.open(SystemClock())
+        backend.store([self.result()])
+        self.break_store()
+        failed = 0
+        for call in (*self._calls(backend).values(), lambda: self.open()):
+            try:
+                call()
+            except TransportError as error:
+                assert str(error)
+                failed += 1
+        assert failed, "break_store() broke nothing"
+        backend.close()
+
+    def _calls(self, backend: Any) -> dict[str, Callable[[], object]]:
+        """All that can be asked of a back end, by name."""
+        calls: dict[str, Callable[[], object]] = {
+            "store": lambda: backend.store([self.result()]),
+            "fetch": lambda: backend.fetch(["r"]),
+            "delete": lambda: backend.delete(["r"]),
+            "wait": lambda: backend.wait(["r"], 0.1),
+        }
+        if isinstance(backend, Barrier):
+            calls["arrive"] = lambda: backend.arrive("g", "m", 2)
+        return calls

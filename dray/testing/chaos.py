@@ -17,6 +17,8 @@ T = TypeVar("T")
 CHUNK = 65_536
 START_S = 10.0
 FLUSH_S = 1.0
+RESET, NO_RESET = struct.pack("ii", 1, 0), struct.pack("ii", 0, 0)
+"""What closing does to unsent data: drop it and send RST, or send it and FIN."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +84,7 @@ class ChaosProxy:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._changed = asyncio.Event()
         self._thread: threading.Thread | None = None
-        self._server: asyncio.Server | None = None
+        self._listener: socket.socket | None = None
 
     # --- life ----------------------------------------------------------------------------------------------
 
@@ -142,19 +144,19 @@ class ChaosProxy:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result(START_S)
 
     async def _listen(self) -> None:
-        self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
-        self.port = self._server.sockets[0].getsockname()[1]
+        # No asyncio server: one that is closed while it accepts leaves a socket open.
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._listener.setblocking(False)
+        self.port = self._listener.getsockname()[1]
+        asyncio.get_running_loop().add_reader(self._listener, self._accept)
 
     async def _close(self) -> None:
-        await self._apply(Trouble(refuse=True))
-        if self._server is not None:
-            self._server.close()
-        await self._reset_all()
+        if self._listener is not None:
+            asyncio.get_running_loop().remove_reader(self._listener)
+            self._listener.close()
         for task in self._handlers:
             task.cancel()
-        # Not only ours: asyncio may be in the middle of accepting one, and would leave its socket open.
-        while others := asyncio.all_tasks() - {asyncio.current_task()}:
-            await asyncio.wait(others)
+        await asyncio.gather(*self._handlers, return_exceptions=True)
         await asyncio.sleep(0)  # transports close their sockets in the loop's next round
 
     async def _apply(self, trouble: Trouble) -> None:
@@ -166,27 +168,29 @@ class ChaosProxy:
         for link in list(self._links):
             link.reset()
 
-    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        self.connections += 1
-        self._handlers.add(task)
-        try:
-            if self._trouble.refuse:
-                raise ConnectionRefusedError
-            await self._connect(reader, writer)
-        except (OSError, asyncio.CancelledError):
-            _reset(writer)  # and no more: nobody waits for this task, asyncio would only log its error
-        finally:
-            self._handlers.discard(task)
+    def _accept(self) -> None:
+        assert self._listener is not None
+        with contextlib.suppress(OSError):
+            sock, _ = self._listener.accept()
+            self.connections += 1
+            task = asyncio.get_running_loop().create_task(self._serve(sock))
+            self._handlers.add(task)
+            task.add_done_callback(self._handlers.discard)
 
-    async def _connect(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        link = _Link(self, (reader, writer), await asyncio.open_connection(*self.target))
-        self._links.add(link)
-        try:
-            await link.carry()
-        finally:
-            self._links.discard(link)
+    async def _serve(self, sock: socket.socket) -> None:
+        with contextlib.suppress(OSError), sock:
+            sock.setblocking(False)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+            if self._trouble.refuse:
+                return
+            there = await asyncio.open_connection(*self.target)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, NO_RESET)
+            link = _Link(self, await asyncio.open_connection(sock=sock), there)
+            self._links.add(link)
+            try:
+                await link.carry()
+            finally:
+                self._links.discard(link)
 
     async def pieces(self, data: bytes) -> AsyncIterator[bytes]:
         """``data`` as it goes on: in time, in slices, with flipped bits."""
@@ -293,5 +297,5 @@ def _reset(writer: asyncio.StreamWriter) -> None:
     sock = writer.get_extra_info("socket")
     if sock is not None:
         with contextlib.suppress(OSError):
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
     writer.transport.abort()

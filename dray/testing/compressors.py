@@ -1,10 +1,14 @@
-"""The conformance kit of compressors: subclass it, give ``make``, and pytest runs the specification.
+"""The conformance kit for compressors: what :class:`~dray.core.contracts.Compressor` promises, as tests.
 
-::
+A plugin's test module holds a subclass with one method::
+
+    from dray.testing import CompressorConformance, plugin_context
 
     class TestMine(CompressorConformance):
-        def make(self) -> Compressor:
+        def make(self):
             return MyCompressor(MyCompressor.Options(), plugin_context("mine"))
+
+``DRAY_CONFORMANCE_REPORT=path`` writes down what was proven.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ from hypothesis import strategies as st
 from dray.core.contracts import API_VERSION, Compressor
 from dray.core.errors import DecodeError
 from dray.testing.harness import Background
+from dray.testing.kit import Conformance
 
 LIMIT = 2**20
 BOMB_BYTES = 48 * 2**20
@@ -30,12 +35,17 @@ _settings = settings(suppress_health_check=[HealthCheck.differing_executors], de
 _sample = b"All that is gold does not glitter. " * 20 + bytes(range(256))
 
 
-class CompressorConformance(ABC):
+class CompressorConformance(Conformance, ABC):
     """What every compressor must do."""
+
+    kind = "compressors"
 
     @abstractmethod
     def make(self) -> Compressor:
         """A compressor, built as the core builds it."""
+
+    def sample(self) -> Compressor:
+        return self.make()
 
     def test_says_who_it_is(self) -> None:
         compressor = self.make()

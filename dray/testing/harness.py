@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
 import random
+import signal
 import threading
+import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,6 +19,8 @@ from dray.testing.clock import FakeClock
 
 PROMPT_S = 5.0
 """What "at once" means to a test that runs on a busy machine."""
+CHILD_S = 30.0
+"""How long a child process of a test may live."""
 ODD_NAMES = [
     "../x",
     "a/b",
@@ -108,3 +114,30 @@ class Background:
             function(*args)
         except BaseException as error:
             self._errors.append(error)
+
+def in_child(work: Callable[[], object], meanwhile: Callable[[], object] = lambda: None) -> int:
+    """Run ``work`` in a forked child, ``meanwhile`` here; how the child ended: 0, 1 after an exception, -signal."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # forking beside threads is what this is about
+        pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            work()
+            status = 0
+        finally:
+            os._exit(status)
+    try:
+        meanwhile()
+        deadline = time.monotonic() + CHILD_S
+        while time.monotonic() < deadline:
+            done, status = os.waitpid(pid, os.WNOHANG)
+            if done:
+                pid = 0
+                return os.waitstatus_to_exitcode(status)
+            threading.Event().wait(0.005)
+        raise AssertionError(f"the child process still runs after {CHILD_S:g} s")
+    finally:
+        if pid:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)

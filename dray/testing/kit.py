@@ -66,7 +66,7 @@ class Conformance:
         return [ability for ability in wanted if not declared[ability]]
 
     @classmethod
-    def tests(cls) -> dict[str, tuple[str, ...]]:
+    def kit_tests(cls) -> dict[str, tuple[str, ...]]:
         """The kit's tests, each with the abilities that it needs."""
         return {
             name: getattr(function, "dray_needs", ())
@@ -77,7 +77,7 @@ class Conformance:
         }
 
     def test_nothing_that_is_declared_goes_unproven(self) -> None:
-        tests = self.tests()
+        tests = self.kit_tests()
         replaced = sorted(
             name
             for base in type(self).__mro__

@@ -70,7 +70,7 @@ class KitExecutor:
     """Does what the body says: ``command argument``. Headers ``soft`` and ``hard`` are the limits in seconds.
 
     ``ok``; ``echo X``; ``gate`` (tell ``started``, wait for a byte of ``gate``); ``spin`` (until something stops it);
-    ``work S`` (compute for S seconds); ``fail``; ``exit`` and ``interrupt`` (``SystemExit``, ``KeyboardInterrupt``);
+    ``work S`` (compute for S seconds); ``wait S`` (sleep; the value is the thread's native id); ``fail``; ``exit`` and ``interrupt`` (``SystemExit``, ``KeyboardInterrupt``);
     ``report N`` (N interim states, then ``ok``).
     """
 
@@ -100,6 +100,9 @@ class KitExecutor:
         if command == "gate":
             self.started.write(delivery.id.encode() + b"\n")
             os.read(self.gate.reader, 1)
+        elif command == "wait":
+            time.sleep(float(argument))
+            return str(threading.get_native_id())
         elif command in {"spin", "work"}:
             end = time.monotonic() + float(argument or PATIENCE_S)
             while time.monotonic() < end:

@@ -1,18 +1,36 @@
-"""The conformance suite of concurrency pools: ``class TestMine(PoolConformance): def make(self, capacity): ...``."""
+"""The conformance kit for concurrency pools: what :class:`~dray.core.contracts.Pool` promises, as tests.
+
+A plugin's test module holds a subclass with one method::
+
+    from dray.testing import PoolConformance
+    from dray.testing.pool_kit import pool_context
+
+    class TestMine(PoolConformance):
+        def make(self, capacity):
+            return MyPool(MyPool.Options(size=capacity), pool_context("mine"))
+
+A test for a feature that the pool does not declare is reported as not applicable; a declared one must hold, and none
+of the tests can be left out. ``DRAY_CONFORMANCE_REPORT=path`` writes down what was proven.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gc
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
 from dray.core.contracts import Pool
 from dray.core.message import Delivery, RunningTask, State, StoredResult
+from dray.testing.harness import needs
+from dray.testing.kit import Conformance
 from dray.testing.pool_kit import (
     PATIENCE_S,
     KitExecutor,
@@ -24,30 +42,46 @@ from dray.testing.pool_kit import (
 )
 
 
-class PoolConformance(ABC):
+class PoolConformance(Conformance, ABC):
     """What every pool must do. A subclass says how to make one."""
+
+    kind = "pools"
+    proofs: ClassVar[Mapping[str, str]] = {"interrupt": "interrupt", "kill": "kill", "green": "green"}
 
     @abstractmethod
     def make(self, capacity: int) -> Pool:
         """A pool with ``capacity`` slots, or as many as it can have; not started."""
 
+    def begin(self, tmp_path: Path) -> None:
+        super().begin(tmp_path)
+        self._stack = contextlib.ExitStack()
+
+    def end(self) -> None:
+        self._stack.close()
+
+    def sample(self) -> Pool:
+        return self.make(1)
+
+    def abilities(self) -> Mapping[str, bool]:
+        return dataclasses.asdict(self.sample().features)
+
+    def started(self, capacity: int) -> PoolHarness:
+        """A started pool, stopped when the test is over."""
+        executor = KitExecutor()
+        self._stack.callback(executor.close)
+        harness = PoolHarness(self.make(capacity), executor)
+        self._stack.callback(harness.close)
+        return harness
+
     @pytest.fixture
-    def start(self) -> Iterator[Callable[[int], PoolHarness]]:
-        """Starts pools, and stops them when the test is over."""
-        with contextlib.ExitStack() as stack:
-
-            def start(capacity: int = 2) -> PoolHarness:
-                executor = KitExecutor()
-                stack.callback(executor.close)
-                harness = PoolHarness(self.make(capacity), executor)
-                stack.callback(harness.close)
-                return harness
-
-            yield start
+    def start(self) -> Callable[[int], PoolHarness]:
+        """Starts pools."""
+        return self.started
 
     @pytest.fixture
-    def harness(self, start: Callable[[int], PoolHarness]) -> PoolHarness:
-        return start(2)
+    def harness(self) -> PoolHarness:
+        """A started pool with two slots."""
+        return self.started(2)
 
     # --- every delivery ends once
 
@@ -185,14 +219,14 @@ class PoolConformance(ABC):
 
     # --- limits
 
+    @needs("interrupt")
     def test_a_soft_limit_raises_inside_the_task(self, harness: PoolHarness) -> None:
-        self.require(harness, "interrupt")
         (value,) = harness.run(make_delivery("a", b"spin", soft="0.05"))
         assert value.startswith("SoftTimeLimitExceeded:")
         assert harness.run(make_delivery("b")) == ["ok"]
 
+    @needs("interrupt")
     def test_a_soft_limit_never_strikes_outside_its_task(self, harness: PoolHarness) -> None:
-        self.require(harness, "interrupt")
         close = [
             make_delivery(f"d{n}", f"work {0.0018 + n % 9 * 0.00005:.6f}".encode(), soft="0.002") for n in range(300)
         ]
@@ -203,11 +237,22 @@ class PoolConformance(ABC):
         assert {found[f"x{number}"] for number in range(300)} == {"ok"}
         assert all(value == "ok" or value.startswith("SoftTimeLimitExceeded:") for value in found.values())
 
+    @needs("kill")
     def test_a_hard_limit_ends_the_task(self, harness: PoolHarness) -> None:
-        self.require(harness, "kill")
         values = harness.run(make_delivery("a", b"spin", hard="0.1"), make_delivery("b"))
         assert values[0].startswith("lost: TimeLimitExceeded: ")
         assert values[1] == "ok"
+
+    # --- green threads
+
+    @needs("green")
+    def test_green_tasks_that_wait_share_one_thread(self, start: Callable[[int], PoolHarness]) -> None:
+        """Needs the pool's ``prepare`` to have been called before anything else, as the worker does."""
+        harness = start(50)
+        began = time.monotonic()
+        values = harness.run(*make_deliveries(50, b"wait 0.2"))
+        assert len(set(values)) == 1, "green tasks run on more than one thread"
+        assert time.monotonic() - began < 50 * 0.2 / 2, "waiting tasks do not make way for each other"
 
     # --- the end
 
@@ -257,7 +302,3 @@ class PoolConformance(ABC):
             gc.collect()
             after = footprint()
         assert after == before
-
-    def require(self, harness: PoolHarness, feature: str) -> None:
-        if not getattr(harness.pool.features, feature):
-            pytest.skip(f"the pool does not have the feature {feature}")

@@ -1,10 +1,16 @@
-"""The conformance kit of serializers: subclass it, give ``make``, and pytest runs the specification.
+"""The conformance kit for serializers: what :class:`~dray.core.contracts.Serializer` promises, as tests.
 
-::
+A plugin's test module holds a subclass with one method::
+
+    from dray.testing import SerializerConformance, plugin_context
 
     class TestMine(SerializerConformance):
-        def make(self) -> Serializer:
+        rich = False                                         # plain data alone: no dates, decimals, UUIDs, bytes
+
+        def make(self):
             return MySerializer(MySerializer.Options(), plugin_context("mine"))
+
+``DRAY_CONFORMANCE_REPORT=path`` writes down what was proven.
 """
 
 from __future__ import annotations
@@ -13,6 +19,7 @@ import enum
 import math
 import tracemalloc
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from datetime import UTC, date, datetime, time, timedelta, timezone
 from decimal import Decimal
 from pathlib import Path
@@ -25,7 +32,8 @@ from hypothesis import strategies as st
 
 from dray.core.contracts import API_VERSION, Serializer
 from dray.core.errors import DecodeError, EncodeError
-from dray.testing.harness import Background
+from dray.testing.harness import Background, needs
+from dray.testing.kit import Conformance
 
 SAMPLE: list[Any] = [
     None,
@@ -132,14 +140,21 @@ class _Unprintable:
     __str__ = __repr__
 
 
-class SerializerConformance(ABC):
+class SerializerConformance(Conformance, ABC):
     """What every serializer must do. ``rich``: dates, durations, decimals, UUIDs and bytes survive as well."""
 
+    kind = "serializers"
     rich: ClassVar[bool] = True
 
     @abstractmethod
     def make(self) -> Serializer:
         """A serializer, built as the core builds it."""
+
+    def sample(self) -> Serializer:
+        return self.make()
+
+    def abilities(self) -> Mapping[str, bool]:
+        return {"rich": self.rich, "safe": self.make().safe}
 
     # --- values that must survive ---
 
@@ -161,20 +176,19 @@ class SerializerConformance(ABC):
         assert back == value
         assert _types(back) == _types(value)
 
+    @needs("rich")
     def test_rich_scalars_survive(self) -> None:
-        if not self.rich:
-            pytest.skip("this serializer does not carry rich scalars")
         serializer = self.make()
         back = serializer.loads(serializer.dumps({"values": RICH}))
         assert back == {"values": RICH}
         assert _types(back) == _types({"values": RICH})
 
+    @needs("rich")
     @_settings
     @given(_nested(_scalars | _rich))
     def test_any_rich_scalars_survive(self, value: object) -> None:
-        if self.rich:
-            serializer = self.make()
-            assert serializer.loads(serializer.dumps(value)) == value
+        serializer = self.make()
+        assert serializer.loads(serializer.dumps(value)) == value
 
     def test_tuples_and_enumerations_of_plain_values_are_carried(self) -> None:
         serializer = self.make()
@@ -298,8 +312,9 @@ class SerializerConformance(ABC):
         with pytest.raises(DecodeError):
             serializer.loads(serializer.dumps(SAMPLE) + b"\x00")
 
+    @needs("safe")
     def test_every_flipped_byte_is_an_error_or_a_value(self) -> None:
-        serializer = self._safe()
+        serializer = self.make()
         data = serializer.dumps([*SAMPLE, *(RICH if self.rich else ())])
         for offset in range(len(data)):
             for mask in (0x01, 0x20, 0x80, 0xFF):
@@ -307,27 +322,23 @@ class SerializerConformance(ABC):
                 flipped[offset] ^= mask
                 _loads(serializer, bytes(flipped))
 
+    @needs("safe")
     @_settings
     @given(st.binary(max_size=200))
     def test_random_bytes_are_an_error_or_a_value(self, data: bytes) -> None:
-        _loads(self._safe(), data)
+        _loads(self.make(), data)
 
+    @needs("safe")
     @pytest.mark.parametrize("data", _HOSTILE.values(), ids=_HOSTILE.keys())
     def test_hostile_bytes_are_an_error_or_a_value_in_bounded_memory(self, data: bytes) -> None:
-        serializer = self._safe()
+        """Bytes that nobody made are not fed to a serializer that runs what they say."""
+        serializer = self.make()
         tracemalloc.start()
         try:
             _loads(serializer, data)
             assert tracemalloc.get_traced_memory()[1] < PEAK_BYTES_MAX
         finally:
             tracemalloc.stop()
-
-    def _safe(self) -> Serializer:
-        """Bytes that nobody made are not fed to a serializer that runs what they say."""
-        serializer = self.make()
-        if not serializer.safe:
-            pytest.skip("reading arbitrary bytes is not safe with this serializer, and it says so")
-        return serializer
 
 
 def _loads(serializer: Serializer, data: bytes) -> None:

@@ -128,8 +128,7 @@ class Scriptwriter:
                 at = draw.uniform(0, SENDING_S)
                 steps.append(self._send(at))
             sent = [(step.at, call) for step in steps if isinstance(step, Send) for call in step.calls]
-            for at, call in draw.sample(sent, min(len(sent), draw.randint(0, 3))):
-                steps.append(self._revoke(at, call))
+            steps += [self._revoke(at, call) for at, call in sent if draw.random() < self._revoked_share(call)]
             scripts.append(sorted(steps, key=lambda step: step.at))
         return scripts
 
@@ -155,6 +154,10 @@ class Scriptwriter:
             options["priority"] = draw.randint(0, 9)
         args = (draw.uniform(*kind.seconds), draw.randint(*kind.until), kind.how, draw.choice((0.0, 2.0)))
         return Signature(self._tasks.all[kind.task], args, {}, CallOptions(**options))
+
+    def _revoked_share(self, call: Signature) -> float:
+        """Long ones more often: they are still there to be revoked."""
+        return 0.3 if (call.options.task_id or "").startswith("long") else 0.08
 
     def _revoke(self, at: float, call: Signature) -> Revoke:
         assert call.options.task_id is not None

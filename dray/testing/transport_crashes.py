@@ -6,7 +6,6 @@ import os
 import signal
 import threading
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -17,7 +16,7 @@ from dray.core.contracts import DeadLetters, Inspectable, Tombstones
 from dray.core.errors import TransportError, Unavailable
 from dray.core.faults import Faults
 from dray.core.message import Action, Delivery, Settlement
-from dray.testing.harness import Background, needs
+from dray.testing.harness import Background, in_child, needs
 
 if TYPE_CHECKING:
     from dray.core.contracts import Consumer
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
 else:
     TransportHarness = object
 
-CHILD_S = 30.0
 Call = Callable[[], object]
 
 
@@ -203,7 +201,7 @@ class CrashTests(TransportHarness):
         def parent() -> None:
             transport.send([self.message(f"parent {number}") for number in range(20)])
 
-        assert _in_child(child, parent) == 0
+        assert in_child(child, parent) == 0
         assert self.settle(transport, [before], Action.ACK, self.message("after")) == []
         wanted = {"after", *(f"{who} {number}" for who in ("child", "parent") for number in range(20))}
         assert set(self.ids(consumer)) == wanted
@@ -219,7 +217,7 @@ class CrashTests(TransportHarness):
             own.send([self.message(f"m{number}") for number in range(20)])
             os.kill(os.getpid(), signal.SIGKILL)
 
-        assert _in_child(child) == -signal.SIGKILL
+        assert in_child(child) == -signal.SIGKILL
         self.restart()
         assert self.ids(self.consume(self.open_now())) == [f"m{number}" for number in range(20)]
 
@@ -235,35 +233,7 @@ class CrashTests(TransportHarness):
             assert self.take_one(self.consume(own)).delivery_count == 1
             os.kill(os.getpid(), signal.SIGKILL)
 
-        assert _in_child(child) == -signal.SIGKILL
+        assert in_child(child) == -signal.SIGKILL
         self.restart()
         self.advance(self.lease_s() + 1)
         assert self.take_one(self.consume(self.open())).delivery_count == 2
-
-
-def _in_child(work: Call, meanwhile: Call = lambda: None) -> int:
-    """Run ``work`` in a forked child, ``meanwhile`` here; how the child ended: 0, 1 after an exception, -signal."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # forking beside threads is what this is about
-        pid = os.fork()
-    if pid == 0:
-        status = 1
-        try:
-            work()
-            status = 0
-        finally:
-            os._exit(status)
-    try:
-        meanwhile()
-        deadline = time.monotonic() + CHILD_S
-        while time.monotonic() < deadline:
-            done, status = os.waitpid(pid, os.WNOHANG)
-            if done:
-                pid = 0
-                return os.waitstatus_to_exitcode(status)
-            threading.Event().wait(0.005)
-        raise AssertionError(f"the child process still runs after {CHILD_S:g} s")
-    finally:
-        if pid:
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)

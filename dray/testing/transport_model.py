@@ -44,7 +44,11 @@ class Copy:
         """Certainly there for who asks."""
         due = self.message.not_before or 0.0
         free_at = max(due, self.held_until, self.maybe_held_until)
-        return self.exists is True and self.ended is False and not self.expired(now) and free_at + slack_s < now
+        return self.is_ready_or_delayed(now) and free_at + slack_s < now
+
+    def is_ready_or_delayed(self, now: float) -> bool:
+        """Certainly there, and not set aside for its expiry."""
+        return self.exists is True and self.ended is False and not self.expired(now)
 
     def expired(self, now: float) -> bool:
         """Past its expiry: a transport may have set it aside."""
@@ -216,7 +220,7 @@ class Model:
             certain = [
                 copy
                 for copy in candidates
-                if copy.waiting and copy.exists is True and copy.ended is False and not copy.expired(now)
+                if copy.waiting and copy.is_ready_or_delayed(now) and not self._features.push
             ]
             if removed is not None:
                 assert id_ in removed or not certain, f"a waiting message of {id_} was not removed by burying it"

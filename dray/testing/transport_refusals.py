@@ -78,9 +78,9 @@ class RefusalTests(TransportHarness):
         transport = self.open_now()
         transport.declare(["q"])
         greedy, other = transport.consumer(["q"], buffer=2), transport.consumer(["q"], buffer=50)
-        greedy.receive(1, 0)
         transport.send([self.message(f"m{number}") for number in range(10)])
-        found: list[str] = []
+        found = [delivery.id for delivery in greedy.receive(1, PROMPT_S)]
+        assert len(found) == 1
         while len(found) < 8:
             deliveries = other.receive(10, PROMPT_S)
             assert deliveries, f"a consumer with a buffer of 2 keeps {10 - len(found)} of 10 messages from another"

@@ -262,7 +262,8 @@ class SqliteTransport(Transport):
                 first = number << _OWNER_SHIFT
                 given_back = db.execute(_RECOVER, (first, first + (1 << _OWNER_SHIFT) - 1)).rowcount
                 db.execute("DELETE FROM owner WHERE id = ?", (number,))
-                self._logger.warning("a worker died; %d messages it held are ready again", given_back)
+                if given_back:
+                    self._logger.warning("a worker died; %d messages it held are ready again", given_back)
 
         if dead:
             self.database.write(work)
