@@ -494,3 +494,11 @@ def test_the_schema_explains_each_setting(validator: Any) -> None:
     assert set(properties) == set(config.settings())
     assert all(shape["description"] for shape in properties.values())
     assert properties["result_store_timeout"]["default"] == 60.0
+
+
+def test_without_a_file_a_caller_below_finds_the_folder_of_its_worker(tmp_path: Path) -> None:
+    below = tmp_path / "a" / "b"
+    below.mkdir(parents=True)
+    assert load(environ={}, cwd=below).base == below
+    (tmp_path / ".dray").mkdir()
+    assert load(environ={}, cwd=below).base == tmp_path

@@ -168,6 +168,8 @@ def _run(app: Dray, entry: WorkerConfig, prepared: Prepared) -> int:
     click.echo(_banner(app, entry, worker), err=True)
     if not len(app.registry):
         log.warning("no tasks are registered: is the module that defines them listed under 'imports'?")
+    if not worker.parts.transport.features.shared:
+        log.warning("the transport %s lives in this process: only its own tasks can send here", app.config.transport.use)
     with app:  # its connections are closed when the worker has ended
         return run_with_signals(worker)
 
@@ -177,7 +179,7 @@ def _banner(app: Dray, entry: WorkerConfig, worker: Worker) -> str:
     keeps = parts.backend.features.keeps
     lines = {
         "worker": f"{entry.name}, pid {os.getpid()}",
-        "transport": config.transport.use,
+        "transport": f"{config.transport.use}, files relative to {config.base}",
         "results": config.backend.use if keeps else "none are kept (no back end is configured)",
         "queues": ", ".join(entry.queues),
         "pool": f"{entry.pool.use}, {parts.pool.capacity} at a time",

@@ -210,8 +210,13 @@ def load(
         tree = _merge(tree, _canonical(layer))
     raw, origins = sources.flatten(tree)
     _fill_in(raw, "null" if given else "sqlite")
-    base = path.parent if path else cwd
+    base = path.parent if path else _home(cwd) if source is None else cwd
     return options.build(Config, raw, Where("", origins), base=base, path=path, origins=origins)
+
+
+def _home(cwd: Path) -> Path:
+    """Without a file: the nearest folder that has a ``.dray`` already, so that callers below it meet their worker."""
+    return next((folder for folder in (cwd, *cwd.parents) if (folder / ".dray").is_dir()), cwd)
 
 
 def _from_source(

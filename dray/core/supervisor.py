@@ -20,35 +20,27 @@ from dray.core.worker import EXIT_FAILED, EXIT_WARM, Worker
 log = logging.getLogger(__name__)
 EXIT_USAGE = 2
 """A mistake in the configuration or the command line: starting again would not help."""
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 LIFELINE = "DRAY_LIFELINE"
-"""Environment variable: a file descriptor whose end of file means that the supervisor is gone."""
-REPEAT_S = 1.0
+"""Environment variable: a file descriptor whose end of file means: stop warm. So does the supervisor's death."""
 RESTARTS, RESTARTS_WINDOW_S = 5, 60.0
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0
 
 
 def run_with_signals(worker: Worker) -> int:
-    """Run a worker on the main thread. First TERM or INT: warm stop; the next: cold stop. Returns its exit code.
-
-    One within a second of the last is taken for the same: a service manager may signal the supervisor and its workers,
-    and the supervisor passes on what it gets.
-    """
-    received, last = 0, -REPEAT_S
+    """Run a worker on the main thread. First TERM or INT: warm stop; second, or QUIT: cold stop. Returns its exit code."""
+    received = 0
 
     def handle(number: int, _: FrameType | None) -> None:
-        nonlocal received, last
-        now = time.monotonic()
-        repeated, last = now - last < REPEAT_S, now
-        if repeated:
-            return
-        received += 1
+        nonlocal received
+        received += 1 if number != signal.SIGQUIT else 2
         if received == 1:
             log.warning("%s: warm stop; once more to stop at once", signal.Signals(number).name)
             worker.stop()
-        elif received == 2:
+        else:
             worker.stop_cold()
 
-    previous = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    previous = {number: signal.signal(number, handle) for number in (*STOP_SIGNALS, signal.SIGQUIT)}
     try:
         return worker.run()
     finally:
@@ -57,7 +49,7 @@ def run_with_signals(worker: Worker) -> int:
 
 
 def watch_lifeline(worker: Worker, environ: Mapping[str, str]) -> None:
-    """Stop warm when the supervisor dies. Call once the worker has forked what it forks (``on_ready``)."""
+    """Stop warm when the supervisor says so, or dies. Call once the worker has forked what it forks (``on_ready``)."""
     if (fd := environ.get(LIFELINE, "")).isdigit():
         threading.Thread(target=_await_end, args=(int(fd), worker), name="dray-lifeline", daemon=True).start()
 
@@ -66,7 +58,7 @@ def _await_end(fd: int, worker: Worker) -> None:
     with contextlib.suppress(OSError):
         while os.read(fd, 1):
             pass
-    log.warning("the supervisor is gone: warm stop")
+    log.warning("the supervisor stops, or is gone: warm stop")
     worker.stop()
 
 
@@ -99,7 +91,7 @@ class Supervisor:
 
     def run(self) -> int:
         """Start all, wait until all have ended; on the main thread. Returns the worst of their exit codes."""
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in STOP_SIGNALS:
             signal.signal(number, lambda number, _: self._events.put(number))
         for child in self._children:
             self._start(child)

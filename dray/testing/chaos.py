@@ -80,7 +80,7 @@ class ChaosProxy:
         self._trouble = Trouble()
         self._random = random.Random(seed)
         self._links: set[_Link] = set()
-        self._handlers: set[asyncio.Task[Any]] = set()
+        self._handlers: dict[asyncio.Task[None], socket.socket] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._changed = asyncio.Event()
         self._thread: threading.Thread | None = None
@@ -174,11 +174,11 @@ class ChaosProxy:
             sock, _ = self._listener.accept()
             self.connections += 1
             task = asyncio.get_running_loop().create_task(self._serve(sock))
-            self._handlers.add(task)
-            task.add_done_callback(self._handlers.discard)
+            self._handlers[task] = sock
+            task.add_done_callback(lambda task: self._handlers.pop(task).close())  # also one that never began
 
     async def _serve(self, sock: socket.socket) -> None:
-        with contextlib.suppress(OSError), sock:
+        with contextlib.suppress(OSError):
             sock.setblocking(False)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
             if self._trouble.refuse:
