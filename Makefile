@@ -50,6 +50,7 @@ docs-serve: install
 
 wheel: install
 	$(BIN)/python scripts/check_wheel.py
+	$(BIN)/python scripts/check_plugin.py
 
 bench-smoke: install
 	$(BIN)/python -m benchmarks --smoke

@@ -343,7 +343,8 @@ class TaskExecutor:
             self._hooks.task_dead(
                 task=name, id=delivery.id, queue=delivery.queue, attempt=attempt_of(delivery), reason=reason
             )
-        log.error("task %s (%s) is dead: %s", one_line(delivery.id), one_line(name), reason)
+        trace = "" if result is not None or error.__traceback__ is None else f"\n{error_record(error)['traceback']}"
+        log.error("task %s (%s) is dead: %s%s", one_line(delivery.id), one_line(name), reason, trace)
         return Outcome(Settlement(delivery, Action.DEAD, (), reason), result)
 
     def _result(self, task_id: str, state: State, value: Any, keep_s: float) -> StoredResult:

@@ -28,7 +28,7 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0
 
 
 def run_with_signals(worker: Worker) -> int:
-    """Run a worker on the main thread. First TERM or INT: warm stop; second, or QUIT: cold stop. Returns its exit code."""
+    """Run a worker on the main thread. First TERM or INT: warm stop; second, or QUIT: cold. Returns its exit code."""
     received = 0
 
     def handle(number: int, _: FrameType | None) -> None:
@@ -88,6 +88,7 @@ class Supervisor:
         self._signals = 0
         self._code = EXIT_WARM
         self._lifeline = os.pipe()
+        """Held open for as long as the workers are to work."""
 
     def run(self) -> int:
         """Start all, wait until all have ended; on the main thread. Returns the worst of their exit codes."""
@@ -104,8 +105,9 @@ class Supervisor:
                 self._ended(event)
             else:
                 self._stop()
-        for fd in self._lifeline:
-            os.close(fd)
+        os.close(self._lifeline[0])
+        if not self._signals:
+            os.close(self._lifeline[1])
         return self._code
 
     def _start(self, child: _Child) -> None:
@@ -125,12 +127,15 @@ class Supervisor:
         self._events.put(child)
 
     def _stop(self) -> None:
+        """First warm, by the lifeline: a worker that got the same signal as we must not take it for a second one."""
         self._signals += 1
+        if self._signals == 1:
+            os.close(self._lifeline[1])
         for child in self._children:
             child.pausing = False
-            if child.process is not None:
+            if child.process is not None and self._signals > 1:
                 with contextlib.suppress(ProcessLookupError):
-                    child.process.send_signal(signal.SIGTERM)
+                    child.process.send_signal(signal.SIGQUIT)
 
     def _ended(self, child: _Child) -> None:
         if child.process is None:  # its pause is over; it may have been cut short by a stop

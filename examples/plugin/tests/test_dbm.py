@@ -1,14 +1,15 @@
 """dray's conformance kit over the dbm back end, and what is its own."""
 
+import dbm
 from pathlib import Path
 
 import pytest
+from dray_dbm import DbmBackend, DbmOptions
 
 from dray import Dray
 from dray.core.clock import Clock
 from dray.core.errors import Unavailable
 from dray.testing import FakeClock, InlineWorker, ResultBackendConformance, plugin_context
-from dray_dbm import DbmBackend, DbmOptions
 
 
 class TestDbm(ResultBackendConformance):
@@ -25,7 +26,7 @@ class TestDbm(ResultBackendConformance):
         backend.store([self.result("old", expires_in_s=10)])
         self.clock.advance(61)
         backend.store([self.result("new")])
-        with backend._file() as file:
+        with dbm.open(str(self.tmp_path / ".dray" / "results.dbm")) as file:
             assert list(file.keys()) == [b"new"]
 
 
