@@ -6,13 +6,14 @@ INSTALLED := $(VENV)/.installed
 
 # The tests wait more than they compute, hence more workers than cores.
 PYTEST_WORKERS ?= 4
+SEEDS ?= 50000
 
 PEERS := benchmarks/peers
 PEER_STAMPS := $(PEERS)/.venv-huey/.installed $(PEERS)/.venv-celery/.installed
 
 # The steps of a target run in order, whatever -j says: `make test` must end with pytest's summary.
 .NOTPARALLEL:
-.PHONY: help install lint docs docs-generate docs-serve wheel bench bench-smoke bench-peers unit test demo clean
+.PHONY: help install lint docs docs-generate docs-serve wheel bench bench-smoke bench-peers unit test demo simulate clean
 
 help:
 	@echo "make test         all checks and tests, as CI runs them"
@@ -21,6 +22,7 @@ help:
 	@echo "make unit         pytest alone"
 	@echo "make docs         build the documentation into site/ and check it"
 	@echo "make bench        all benchmarks, peers included"
+	@echo "make simulate     50,000 seeds of the deterministic simulation (SEEDS=n)"
 	@echo "make clean        remove what was built, the environments included"
 
 install: $(INSTALLED)
@@ -72,6 +74,10 @@ test: lint docs wheel bench-smoke unit
 
 demo: install
 	$(BIN)/dray demo
+
+# Slow proofs, beside `make test`
+simulate: install
+	$(BIN)/python -m dray.testing.simulation --seeds $(SEEDS)
 
 clean:
 	rm -rf build dist site .mypy_cache .ruff_cache .import_linter_cache .hypothesis .pytest_cache $(PEERS)/.venv-*

@@ -9,6 +9,7 @@ from dray.plugins.backends.memory import MemoryBackend
 from dray.plugins.backends.null import NullBackend
 from dray.plugins.backends.sqlite import SqliteBackend
 from dray.testing import ResultBackendConformance, plugin_context
+from tests.stores import spoil
 
 
 class TestMemory(ResultBackendConformance):
@@ -25,6 +26,9 @@ class TestFilesystem(ResultBackendConformance):
     def make(self, clock: Clock) -> ResultBackend:
         return FilesystemBackend(FilesystemBackend.Options(), plugin_context("filesystem", clock, self.tmp_path))
 
+    def break_store(self) -> None:
+        spoil(self.tmp_path / ".dray")
+
 
 class TestFilesystemWithFsync(ResultBackendConformance):
     def make(self, clock: Clock) -> ResultBackend:
@@ -35,3 +39,6 @@ class TestFilesystemWithFsync(ResultBackendConformance):
 class TestSqlite(ResultBackendConformance):
     def make(self, clock: Clock) -> ResultBackend:
         return SqliteBackend(SqliteBackend.Options(), plugin_context("sqlite", clock, self.tmp_path))
+
+    def break_store(self) -> None:
+        spoil(self.tmp_path / ".dray" / "dray.db")

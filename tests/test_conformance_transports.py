@@ -13,6 +13,7 @@ from dray.plugins.transports.filesystem import FilesystemTransport
 from dray.plugins.transports.memory import MemoryOptions, MemoryTransport
 from dray.plugins.transports.sqlite import SqliteTransport
 from dray.testing import TransportConformance, plugin_context
+from tests.stores import spoil
 
 
 class TestMemory(TransportConformance):
@@ -28,8 +29,13 @@ class TestFilesystem(TransportConformance):
     def make(self, clock: Clock) -> Transport:
         return FilesystemTransport(FilesystemTransport.Options(), plugin_context("filesystem", clock, self.tmp_path))
 
+    def break_store(self) -> None:
+        spoil(self.tmp_path / ".dray")
+
 
 class TestFilesystemWithFsync(TransportConformance):
+    machine_examples = 5  # each message waits for the disk
+
     def make(self, clock: Clock) -> Transport:
         options = FilesystemTransport.Options(path="synced", fsync=True)
         return FilesystemTransport(options, plugin_context("filesystem", clock, self.tmp_path))
@@ -38,6 +44,9 @@ class TestFilesystemWithFsync(TransportConformance):
 class TestSqlite(TransportConformance):
     def make(self, clock: Clock) -> Transport:
         return SqliteTransport(SqliteTransport.Options(), plugin_context("sqlite", clock, self.tmp_path))
+
+    def break_store(self) -> None:
+        spoil(self.tmp_path / ".dray" / "dray.db")
 
 
 def test_the_kit_is_imported_only_when_it_is_used() -> None:

@@ -6,6 +6,7 @@ Importing this module needs nothing beyond dray; the kits need ``pip install "dr
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -76,5 +77,6 @@ def __getattr__(name: str) -> Any:
         import pytest
 
         # Failing assertions of the kit then show their values, as those of a test module do.
-        pytest.register_assert_rewrite(*(f"{__name__}.{module}" for module in _TESTS))
+        names = (f"{__name__}.{module}" for module in _TESTS)
+        pytest.register_assert_rewrite(*(name for name in names if name not in sys.modules))
     return getattr(importlib.import_module(_HOMES[name]), name)

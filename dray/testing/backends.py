@@ -90,7 +90,7 @@ class ResultBackendConformance(Conformance):
             "durable": features.durability >= Durability.D1,
             "push": features.push,
             "barrier": isinstance(backend, Barrier),
-            "breakable": type(self).break_store is not ResultBackendConformance.break_store,
+            "driver_errors": type(self).break_store is not ResultBackendConformance.break_store,
         }
 
     def open(self, clock: Clock | None = None) -> Any:
@@ -411,7 +411,7 @@ class ResultBackendConformance(Conformance):
                 call()
                 pytest.fail(f"{name} worked after close")
 
-    @needs("keeps", "breakable")
+    @needs("keeps", "driver_errors")
     def test_no_driver_exception_escapes(self) -> None:
         backend = self.open(SystemClock())
         backend.store([self.result()])

@@ -173,7 +173,11 @@ def _record(parts: list[Record]) -> Record:
         "date": datetime.now(UTC).date().isoformat(),
         "proven": sorted(ability for ability, tests in holes.items() if not tests),
         "unproven": {ability: tests for ability, tests in sorted(holes.items()) if tests},
-        "undeclared": sorted(name for name in set(first["abilities"]) - set(declared) if not name.startswith("no_")),
+        "undeclared": sorted(
+            name
+            for name in set(first["abilities"]) - set(declared)
+            if not name.startswith("no_") and name != "driver_errors"
+        ),
         "passed": counts["passed"],
         "failed": counts["failed"],
     }

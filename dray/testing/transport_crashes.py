@@ -55,7 +55,7 @@ class CrashTests(TransportHarness):
         consumer.close()
         consumer.close()
 
-    @needs("breakable")
+    @needs("driver_errors")
     def test_no_driver_exception_escapes(self) -> None:
         transport = self.open_now()
         transport.send([self.message()])

@@ -124,7 +124,7 @@ class TransportHarness(Conformance):
             "survives_sigkill": features.durability >= Durability.D2,
             "push": features.push,
             "shared": features.shared,
-            "breakable": type(self).break_store is not TransportHarness.break_store,
+            "driver_errors": type(self).break_store is not TransportHarness.break_store,
             "inspectable": isinstance(transport, Inspectable),
             "tombstones": isinstance(transport, Tombstones),
             "broadcast": isinstance(transport, Broadcaster),
