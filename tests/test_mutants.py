@@ -59,9 +59,8 @@ def test_the_tests_catch_a_transport(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", sorted(TRANSPORT_MUTANTS.keys() - NOT_FOR_THE_MACHINE))
 def test_the_machine_catches_a_transport(name: str, tmp_path: Path, machine_kit: list[ReferenceKit]) -> None:
     kit = begun(TRANSPORT_MUTANTS[name], tmp_path, machine_kit)
-    with pytest.raises(AssertionError) as caught:
+    with pytest.raises(AssertionError):
         run_machine(kit, EXAMPLES, [Phase.generate])
-    assert str(caught.value)
 
 
 @pytest.mark.parametrize("name", LEAST_MUTANTS)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from dray.core.client import Client
     from dray.core.codec import Codec
     from dray.core.config import Config, WorkerConfig
-    from dray.core.contracts import PluginContext, ResultBackend, Serializer, Signer, Transport
+    from dray.core.contracts import PluginContext, ResultBackend, Transport
     from dray.core.plugins import PluginChoice
     from dray.core.worker import Worker
 
@@ -340,42 +340,10 @@ class Dray:
         """What encodes and decodes this app's messages."""
         codec: Codec | None = self.__dict__.get("_codec")
         if codec is None:
-            codec = self.__dict__.setdefault("_codec", self._build_codec())
+            from dray.core.assembly import assemble_codec
+
+            codec = self.__dict__.setdefault("_codec", assemble_codec(self))
         return codec
-
-    def _build_codec(self) -> Codec:
-        from dray.core.codec import Codec
-        from dray.core.contracts import Signer
-        from dray.core.plugins import PluginChoice
-
-        config, build = self.config, self.make_plugin
-        chosen = build("serializers", config.serializer)
-        signer: Signer | None = chosen if isinstance(chosen, Signer) else None
-        serializer: Serializer = build("serializers", PluginChoice(signer.inner)) if signer is not None else chosen
-        accepted = serializer.name in config.accept or config.origin("accept") == "default"
-        accept = {serializer.name: serializer} if accepted else {}
-        for name in config.accept:
-            if name not in (config.serializer.use if signer is not None else "", serializer.name):
-                accept[name] = build("serializers", PluginChoice(name))
-        unsafe = [name for name, plugin in accept.items() if not plugin.safe]
-        if unsafe and config.origin("accept") == "default":
-            raise ConfigError(
-                f"serializer {unsafe[0]!r} can run code that a message brings; if every sender is trusted, list it by "
-                f"name: accept: [{unsafe[0]}]"
-            )
-        compression = config.compression
-        return Codec(
-            serializer=serializer,
-            signer=signer,
-            accept=accept,
-            compressor=build("compressors", compression.use) if compression.use is not None else None,
-            compress_over=compression.over,
-            load_serializer=lambda name: build("serializers", PluginChoice(name)),
-            load_compressor=lambda name: build("compressors", PluginChoice(name)),
-            encodings=compression.accept,
-            max_bytes=config.message_max,
-            clock=self.clock,
-        )
 
 
 class _Decorator:

@@ -1,4 +1,4 @@
-"""A worker put together from the configuration, after checking that the plugins can do what the tasks ask."""
+"""A codec and a worker put together from the configuration, after checking that the plugins can do what is asked."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dray.core import plugins
-from dray.core.contracts import Pool, Transport
+from dray.core.codec import Codec
+from dray.core.contracts import Pool, Serializer, Signer, Transport
 from dray.core.errors import ConfigError
 from dray.core.executor import Settings, TaskExecutor
 from dray.core.fallback import Fallback
@@ -118,3 +119,35 @@ def _demands(config: Config, tasks: list[Task[..., Any]]) -> Iterator[tuple[str,
 def _able(kind: str, feature: str) -> str:
     found = [info.name for info in plugins.our_own(kind) if getattr(info.features, feature, None)]
     return ", ".join(found) or "none of dray's own"
+
+
+def assemble_codec(app: Dray) -> Codec:
+    """What encodes and decodes an app's messages. Raises ``ConfigError``."""
+    config, build = app.config, app.make_plugin
+    chosen = build("serializers", config.serializer)
+    signer: Signer | None = chosen if isinstance(chosen, Signer) else None
+    serializer: Serializer = build("serializers", plugins.PluginChoice(signer.inner)) if signer is not None else chosen
+    accepted = serializer.name in config.accept or config.origin("accept") == "default"
+    accept = {serializer.name: serializer} if accepted else {}
+    for name in config.accept:
+        if name not in (config.serializer.use if signer is not None else "", serializer.name):
+            accept[name] = build("serializers", plugins.PluginChoice(name))
+    unsafe = [name for name, plugin in accept.items() if not plugin.safe]
+    if unsafe and config.origin("accept") == "default":
+        raise ConfigError(
+            f"serializer {unsafe[0]!r} can run code that a message brings; if every sender is trusted, list it by "
+            f"name: accept: [{unsafe[0]}]"
+        )
+    compression = config.compression
+    return Codec(
+        serializer=serializer,
+        signer=signer,
+        accept=accept,
+        compressor=build("compressors", compression.use) if compression.use is not None else None,
+        compress_over=compression.over,
+        load_serializer=lambda name: build("serializers", plugins.PluginChoice(name)),
+        load_compressor=lambda name: build("compressors", plugins.PluginChoice(name)),
+        encodings=compression.accept,
+        max_bytes=config.message_max,
+        clock=app.clock,
+    )

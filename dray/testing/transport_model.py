@@ -71,7 +71,8 @@ class Model:
         self._features = features
         self._slack_s = slack_s
         self.copies: dict[bytes, Copy] = {}
-        self._settled: set[int] = set()
+        self._settled: dict[int, Delivery] = {}
+        """By identity: two deliveries of one message may be equal."""
         self.live: list[Delivery] = []
         """Every delivery that was heard of, also those that are no longer anybody's."""
 
@@ -158,7 +159,7 @@ class Model:
         assert owned is not False, f"{label} was settled by who no longer owns it"
         for message in then:
             self.copies[message.body].exists = True
-        self._settled.add(id(delivery))
+        self._settled[id(delivery)] = delivery
         copy.waiting = action is Action.RELEASE
         copy.ended = copy.ended if copy.doubled else action is not Action.RELEASE
         copy.dead = action is Action.DEAD
