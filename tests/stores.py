@@ -11,7 +11,8 @@ def spoil(path: Path) -> None:
     if path.is_dir():
         shutil.rmtree(path)
     for beside in path.parent.glob(f"{path.name}-*"):  # SQLite's log: it would restore the file
-        beside.unlink()
+        if beside.is_file():
+            beside.unlink()
     garbage = path.with_name("garbage")
     garbage.write_bytes(b"this is not what it was\n" * 1000)
     garbage.replace(path)

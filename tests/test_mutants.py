@@ -27,7 +27,7 @@ from tests.mutants import (
 )
 
 MACHINE = ["test_state_machine"]
-EXAMPLES = 150
+EXAMPLES = 250
 
 
 @pytest.fixture

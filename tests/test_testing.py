@@ -391,3 +391,17 @@ def test_who_does_not_use_the_fixtures_pays_little() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.strip() == "['dray.testing', 'dray.testing.pytest_plugin']"
+
+
+def test_the_app_gives_its_own_driver() -> None:
+    app = Dray()
+
+    @app.task(name="double")
+    def double(n: int) -> int:
+        return 2 * n
+
+    with app.testing() as worker:
+        result = double.options(countdown=3600).delay(4)
+        assert worker.run_until_idle() == 0
+        worker.advance("1h")
+        assert result.get() == 8

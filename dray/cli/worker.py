@@ -169,7 +169,9 @@ def _run(app: Dray, entry: WorkerConfig, prepared: Prepared) -> int:
     if not len(app.registry):
         log.warning("no tasks are registered: is the module that defines them listed under 'imports'?")
     if not worker.parts.transport.features.shared:
-        log.warning("the transport %s lives in this process: only its own tasks can send here", app.config.transport.use)
+        log.warning(
+            "the transport %s lives in this process: only its own tasks can send here", app.config.transport.use
+        )
     with app:  # its connections are closed when the worker has ended
         return run_with_signals(worker)
 

@@ -109,6 +109,9 @@ def to_base64url(data: bytes) -> str:
 def from_base64url(text: str) -> bytes:
     """The inverse; raises ``SignatureError``."""
     try:
-        return base64.b64decode(text.encode("ascii") + b"=" * (-len(text) % 4), altchars=b"-_", validate=True)
+        data = base64.b64decode(text.encode("ascii") + b"=" * (-len(text) % 4), altchars=b"-_", validate=True)
     except ValueError as error:
         raise SignatureError("the signature is not base64url text") from error
+    if to_base64url(data) != text:  # the bits of the last character that say nothing: one signature, one text
+        raise SignatureError("the signature is not base64url text")
+    return data

@@ -115,6 +115,7 @@ class Background:
         except BaseException as error:
             self._errors.append(error)
 
+
 def in_child(work: Callable[[], object], meanwhile: Callable[[], object] = lambda: None) -> int:
     """Run ``work`` in a forked child, ``meanwhile`` here; how the child ended: 0, 1 after an exception, -signal."""
     with warnings.catch_warnings():

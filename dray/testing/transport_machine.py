@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
@@ -35,7 +36,7 @@ _Result = TypeVar("_Result")
 
 _picks = st.lists(st.integers(0, 7), min_size=1, max_size=3, unique=True)
 _actions = st.sampled_from([Action.ACK, Action.ACK, Action.DEAD, Action.RELEASE])
-_delays = st.sampled_from([None, None, None, -1.0, 0.4, 2.0])
+_delays = st.sampled_from([None, None, -1.0, 0.4, 0.4, 2.0])
 _drafts = st.lists(
     st.tuples(st.integers(0, 1), st.integers(0, 6), st.sampled_from([0, 0, 9]), _delays, st.booleans()),
     min_size=1,
@@ -188,7 +189,7 @@ class TransportMachine(RuleBasedStateMachine):
         for delivery in chosen:
             self._model.extended(delivery, delivery in lost, now + lease_s, now)
 
-    @rule(units=st.sampled_from([0.05, 0.3, 0.45, 0.7, 1.1, 3.3]))
+    @rule(units=st.sampled_from([0.05, 0.3, 0.45, 0.7, 3.3]))
     def advance(self, units: float) -> None:
         self.kit.advance(units * self._unit_s)
 
@@ -236,7 +237,8 @@ class TransportMachine(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         try:
-            self._drain()
+            if sys.exc_info()[0] is None:  # else a rule failed, and that is what to tell
+                self._drain()
         finally:
             for one in self._clients:
                 one.close()
@@ -325,9 +327,7 @@ class TransportMachine(RuleBasedStateMachine):
         self._unanswered = None
         in_half = self._fault == "between" and stepwise and any(settlement.then for settlement in batch)
         if in_half:
-            one.transport.context = replace(
-                one.transport.context, faults=Faults({"follow_ups_sent": ("uncertain", 1)})
-            )
+            one.transport.context = replace(one.transport.context, faults=Faults({"follow_ups_sent": ("uncertain", 1)}))
         try:
             lost = self._call(lambda: one.transport.settle(batch))
         except Unavailable:

@@ -30,7 +30,7 @@ class OwnershipTests(TransportHarness):
         transport = self.open()
         transport.send([self.message(f"m{number}") for number in range(100)])
         consumers = [self.consume(transport), self.consume(self.open())]
-        found = [delivery.id for _ in range(40) for consumer in consumers for delivery in self.take(consumer, 2)]
+        found = [delivery.id for _ in range(60) for consumer in consumers for delivery in self.take(consumer, 2)]
         assert sorted(found) == sorted(f"m{number}" for number in range(100))
 
     def test_senders_and_consumers_at_once_lose_and_share_nothing(self) -> None:

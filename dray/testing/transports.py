@@ -193,9 +193,7 @@ class TransportHarness(Conformance):
         )
 
 
-class TransportConformance(
-    DeliveryTests, OwnershipTests, AbilityTests, CrashTests, RefusalTests, TransportHarness
-):
+class TransportConformance(DeliveryTests, OwnershipTests, AbilityTests, CrashTests, RefusalTests, TransportHarness):
     """All that is pinned for transports. Subclass it, give ``make``."""
 
     def test_declared_features_fit_each_other(self) -> None:
