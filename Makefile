@@ -13,13 +13,14 @@ PEER_STAMPS := $(PEERS)/.venv-huey/.installed $(PEERS)/.venv-celery/.installed
 
 # The steps of a target run in order, whatever -j says: `make test` must end with pytest's summary.
 .NOTPARALLEL:
-.PHONY: help install lint docs docs-generate docs-serve wheel bench bench-smoke bench-peers unit test demo simulate clean
+.PHONY: help install lint docs docs-generate docs-serve conformance wheel bench bench-smoke bench-peers unit test demo simulate clean
 
 help:
 	@echo "make test         all checks and tests, as CI runs them"
 	@echo "make demo         the demonstration: count the standard library's functions with two worker processes"
 	@echo "make lint         ruff, mypy, import-linter"
 	@echo "make unit         pytest alone"
+	@echo "make conformance  run the kits over our plugins, and write down what they prove"
 	@echo "make docs         build the documentation into site/ and check it"
 	@echo "make bench        all benchmarks, peers included"
 	@echo "make simulate     50,000 seeds of the deterministic simulation (SEEDS=n)"
@@ -66,6 +67,13 @@ $(PEERS)/.venv-%/.installed: $(PEERS)/%.txt scripts/make_venv.sh
 	sh scripts/make_venv.sh "$(PYTHON)" $(PEERS)/.venv-$*
 	$(PEERS)/.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check -r $<
 	@touch $@
+
+# What ships as dray/testing/conformance.json: `dray plugins --conformance` shows it.
+conformance: install
+	rm -f dray/testing/conformance.json
+	DRAY_CONFORMANCE_REPORT=dray/testing/conformance.json $(BIN)/python -m pytest -n $(PYTEST_WORKERS) -q -r f \
+		tests/test_conformance_transports.py tests/test_conformance_backends.py \
+		tests/test_serializers.py tests/test_compressors.py tests/test_pools.py
 
 unit: install
 	$(BIN)/python -m pytest -n $(PYTEST_WORKERS)

@@ -129,7 +129,9 @@ class SettleById(Reference):
         ]
         lost = super().settle(current)
         return [
-            old.delivery for old, new in zip(settlements, current, strict=True) if any(new.delivery is one for one in lost)
+            old.delivery
+            for old, new in zip(settlements, current, strict=True)
+            if any(new.delivery is one for one in lost)
         ]
 
 
@@ -389,7 +391,9 @@ class LeastConsumer(Consumer):
         if len(self.waiting) < limit:
             wanted = max(limit, self.buffer) - len(self.waiting)
             found = self.inner.receive(wanted, 0 if self.waiting else timeout_s)
-            self.transport.held.update((item.receipt, self.transport.inner.store.leases[item.receipt]) for item in found)
+            self.transport.held.update(
+                (item.receipt, self.transport.inner.store.leases[item.receipt]) for item in found
+            )
             self.waiting += [item._replace(lease_until=None) for item in found]
         found, self.waiting = self.waiting[:limit], self.waiting[limit:]
         return found

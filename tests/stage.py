@@ -111,6 +111,7 @@ class Stage:
         self.sending: Future[None] = Future()
         self.killed = 0
         self.charged = 0
+        self.leased_most = 0
         self._stopped: dict[int, float] = {}
         self._continued: set[int] = set()
 
@@ -145,6 +146,11 @@ class Stage:
     def in_store(self) -> int:
         stats = self.app.transport.stats(["default"])["default"]
         return stats.ready + stats.leased + stats.delayed
+
+    def note_leased(self) -> bool:
+        """Keep the most that was seen leased at once."""
+        self.leased_most = max(self.leased_most, self.app.transport.stats(["default"])["default"].leased)
+        return True
 
     def unsettled(self) -> int:
         """Tasks that have begun, less those that are gone from the store."""

@@ -36,10 +36,12 @@ def check_nothing_lost(project: Project, extra_max: int) -> None:
     assert set(runs) == {str(n) for n in range(COUNT)}
     assert runs.total() - COUNT <= extra_max
     project.until(
-        lambda: project.python(
-            "i = app.transport\ns = i.stats(['default'])['default']\nprint(s.ready + s.leased + s.delayed + s.dead)"
-        )
-        == "0",
+        lambda: (
+            project.python(
+                "i = app.transport\ns = i.stats(['default'])['default']\nprint(s.ready + s.leased + s.delayed + s.dead)"
+            )
+            == "0"
+        ),
         "an empty queue",
         20,
     )

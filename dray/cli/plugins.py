@@ -12,6 +12,7 @@ import click
 from dray.cli.output import as_json, table
 from dray.core import plugins
 from dray.core.plugins import PluginInfo
+from dray.testing import report
 
 EXPECTED = {"safe": "UNSAFE: only if 'accept' names it", "shared": "within one process"}
 """Abilities that are worth a word when they are missing."""
@@ -19,10 +20,14 @@ EXPECTED = {"safe": "UNSAFE: only if 'accept' names it", "shared": "within one p
 
 @click.command("plugins")
 @click.argument("kinds", nargs=-1, type=click.Choice(list(plugins.KINDS)), metavar="[KIND]...")
+@click.option("--conformance", is_flag=True, help="Show what the conformance kit proved of each, by its report.")
 @click.option("--json", "json_", is_flag=True, help="Print JSON.")
-def plugins_command(kinds: tuple[str, ...], json_: bool) -> None:
+def plugins_command(kinds: tuple[str, ...], conformance: bool, json_: bool) -> None:
     """List the installed plugins: transports, backends, serializers, compressors, pools, hooks."""
     found = [info for kind in kinds or plugins.KINDS for info in plugins.available(kind)]
+    if conformance:
+        _show_conformance(found, json_)
+        return
     rows = [(info, features(info)) for info in found]
     if json_:
         as_json([_record(info, abilities) for info, abilities in rows])
@@ -35,6 +40,37 @@ def plugins_command(kinds: tuple[str, ...], json_: bool) -> None:
             for info, abilities in rows
         ],
     )
+
+
+def _show_conformance(found: list[PluginInfo], json_: bool) -> None:
+    records = [(info, report.find(info)) for info in found]
+    if json_:
+        as_json([{**_identity(info), "conformance": record} for info, record in records])
+        return
+    columns = ("kind", "name", "from", "kit", "date", "proven")
+    table(
+        columns,
+        [
+            (info.kind, info.name, f"{info.distribution} {info.version}", *_conformance(info, record))
+            for info, record in records
+        ],
+    )
+
+
+def _identity(info: PluginInfo) -> dict[str, str]:
+    return {"kind": info.kind, "name": info.name, "distribution": info.distribution, "version": info.version}
+
+
+def _conformance(info: PluginInfo, record: report.Record | None) -> tuple[str | None, str | None, str]:
+    """Kit version, date, and what is proven, in a few words."""
+    if record is None:
+        return None, None, "not proven"
+    words = [", ".join(record.get("proven", [])).replace("_", " ") or "nothing"]
+    if record.get("unproven"):
+        words.append(f"NOT PROVEN: {', '.join(record['unproven']).replace('_', ' ')}")
+    if record.get("version") != info.version:
+        words.append(f"proven for version {record.get('version')}")
+    return record.get("kit"), record.get("date"), "; ".join(words)
 
 
 def features(info: PluginInfo) -> dict[str, Any]:

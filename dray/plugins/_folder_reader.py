@@ -74,21 +74,29 @@ class FolderReader:
             listing = self._listings.get(folder)
             if listing is None:
                 listing = self._listings[folder] = _Listing()
-            self._refresh(folder, listing, due, now)
-            while listing.names and listing.names[-1][2:18] <= due:
-                name = Name.parse(listing.names.pop())
-                if name is not None:
-                    yield name
+            if not self._refresh(folder, listing, due, now):
+                # Used up an old listing: what came since goes before lower priorities.
+                yield from self._take_due(listing, due)
+                self._refresh(folder, listing, due, now)
+            yield from self._take_due(listing, due)
             if listing.names:
                 self.next_due = min(self.next_due, int(listing.names[-1][2:18], 16) / 1e6)
         for gone in self._listings.keys() - set(folders):
             del self._listings[gone]
 
-    def _refresh(self, folder: str, listing: _Listing, due: str, now: float) -> None:
+    @staticmethod
+    def _take_due(listing: _Listing, due: str) -> Iterator[Name]:
+        while listing.names and listing.names[-1][2:18] <= due:
+            name = Name.parse(listing.names.pop())
+            if name is not None:
+                yield name
+
+    def _refresh(self, folder: str, listing: _Listing, due: str, now: float) -> bool:
+        """List the folder unless something known in it is due; False: it was, use that up first."""
         if listing.names and listing.names[-1][2:18] <= due:
-            return
+            return False
         if len(listing.names) > _LARGE and time.monotonic() - listing.listed_at < 1.0:
-            return
+            return True
         path = f"{self.queue.messages}/{folder}"
         names = listed(path)
         listing.listed_at = time.monotonic()
@@ -103,6 +111,7 @@ class FolderReader:
                 ours.append(name)
         ours.sort(reverse=True)
         listing.names = ours[-_LISTING_MAX:]
+        return True
 
     def _remove_empty(self, path: str, listing: _Listing, starts_at: float, now: float) -> None:
         """Remove a folder that nobody adds to any more, or that is slow to list because it was large once."""

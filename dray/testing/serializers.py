@@ -106,6 +106,7 @@ _scalars = (
     | st.floats(allow_nan=False, allow_infinity=False)
     | st.text()
 )
+_keys = st.text().filter(lambda key: key != "__dray__")  # may be refused
 _rich = (
     st.datetimes(timezones=st.none() | st.just(UTC))
     | st.dates()
@@ -120,7 +121,7 @@ _rich = (
 def _nested(leaves: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
     return st.recursive(
         leaves,
-        lambda inner: st.lists(inner, max_size=5) | st.dictionaries(st.text(), inner, max_size=5),
+        lambda inner: st.lists(inner, max_size=5) | st.dictionaries(_keys, inner, max_size=5),
         max_leaves=20,
     )
 

@@ -95,6 +95,17 @@ class AbilityTests(TransportHarness):
         assert self.settle(transport, deliveries[::-1], Action.RELEASE) == []
         assert self.ids(consumer) == ["high", "low"]
 
+    @needs("priorities", "delays", "leases")
+    def test_a_priority_is_kept_when_leases_end(self) -> None:
+        transport = self.open()
+        due = self.clock.time() + self.lease_s() * 2
+        transport.send([self.message("low"), self.message("high", priority=9)])
+        transport.send([self.message("later", priority=9, not_before=due)])
+        consumer = self.consume(transport)
+        assert self.ids(consumer) == ["high", "low"]
+        self.advance(self.lease_s() * 2 + 1)
+        assert self.ids(consumer)[2:] == ["low"]
+
     # --- release -------------------------------------------------------------------------------------------
 
     @needs("release")

@@ -7,6 +7,7 @@ Run by :class:`~dray.testing.transports.TransportConformance` as ``test_state_ma
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -189,9 +190,14 @@ class TransportMachine(RuleBasedStateMachine):
         for delivery in chosen:
             self._model.extended(delivery, delivery in lost, now + lease_s, now)
 
-    @rule(units=st.sampled_from([0.05, 0.3, 0.45, 0.7, 3.3]))
-    def advance(self, units: float) -> None:
-        self.kit.advance(units * self._unit_s)
+    @rule(units=st.sampled_from([None, None, 0.05, 0.3, 0.7, 3.3]))
+    def advance(self, units: float | None) -> None:
+        """Let time pass; without a length until just before the next message is due or the next lease ends."""
+        if units is None:
+            left_s = self._model.next_change(self._now()) - self._now()
+            self.kit.advance(left_s * 0.95 if left_s < math.inf else 0.0)
+        else:
+            self.kit.advance(units * self._unit_s)
 
     @precondition(lambda self: self._can["tombstones"])
     @rule(numbers=st.sets(st.integers(0, 6), min_size=1, max_size=2), remove=st.booleans(), forget=st.booleans())
@@ -357,6 +363,9 @@ class TransportMachine(RuleBasedStateMachine):
         if self._marks is not None and self._can["tombstones"]:
             ids = [self._id(number) for number in range(7)]
             assert self._clients[1].transport.buried(ids) == self._marks
+        if self._features.lease_s is None:  # else what is outstanding stays so
+            for client in range(2):
+                self._restart_client(client)
         self._clients[1].consumer.close()
         drained: set[bytes] = set()
         idle = 0

@@ -7,7 +7,7 @@ answers are kept as ``True``, ``None`` (maybe) and ``False``.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from dray.core.contracts import TransportFeatures
@@ -193,12 +193,15 @@ class Model:
     def extended(self, delivery: Delivery, lost: bool, until: float, now: float) -> None:
         """The transport answered."""
         copy, label = self.copies[delivery.body], delivery.body.decode()
+        if self._features.lease_s is None:
+            assert not lost, f"{label} was reported lost by a transport without leases"
+            return
         owned = False if id(delivery) in self._settled else copy.owned(delivery, now, self._slack_s)
         if lost:
             assert owned is not True, f"{label} was reported lost while its lease holds"
             return
         assert owned is not False, f"a lost lease of {label} was extended"
-        if self._features.lease_s is not None and copy.holder is delivery and copy.ended is False:
+        if copy.holder is delivery and copy.ended is False:
             copy.held_until, copy.maybe_held_until = until, -math.inf
 
     def maybe_extended(self, delivery: Delivery, until: float) -> None:
@@ -233,14 +236,18 @@ class Model:
 
     # --- the end -------------------------------------------------------------------------------------------
 
+    def next_change(self, now: float) -> float:
+        """When the next delay or lease is over; ``inf``: never."""
+        return min((time for time in self._changes() if time > now), default=math.inf)
+
     def quiet_at(self, now: float) -> float:
         """When all delays and leases are over."""
-        times = [
-            time
-            for copy in self.copies.values()
-            for time in (copy.message.not_before or now, copy.held_until, copy.maybe_held_until)
-        ]
-        return max([now, *(time for time in times if time < math.inf)])
+        return max([now, *(time for time in self._changes() if time < math.inf)])
+
+    def _changes(self) -> Iterator[float]:
+        for copy in self.copies.values():
+            if copy.ended is not True:
+                yield from (copy.message.not_before or 0.0, copy.held_until, copy.maybe_held_until)
 
     def lost(self, drained: set[bytes], letters: Sequence[DeadLetter], now: float) -> list[str]:
         """What is gone although it must not be, after all that was there was ``drained``."""

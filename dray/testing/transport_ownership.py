@@ -155,6 +155,20 @@ class OwnershipTests(TransportHarness):
         assert self.settle(thief, [stolen]) == []
 
     @needs("leases")
+    def test_a_lost_delivery_does_not_stand_in_the_way_of_the_current_one(self) -> None:
+        """A worker that got back what it had lost holds both."""
+        transport = self.open()
+        transport.send([self.message()])
+        consumer = self.consume(transport)
+        lost = self.take_one(consumer)
+        self.advance(self.lease_s() + 1)
+        current = self.take_one(consumer)
+        assert transport.extend([lost, current], self.lease_s()) == [lost]
+        settlements = [Settlement(delivery, Action.ACK, (self.message("next"),)) for delivery in (lost, current)]
+        assert transport.settle(settlements) == [lost]
+        assert self.ids(consumer) == ["next"]
+
+    @needs("leases")
     @pytest.mark.parametrize("action", list(Action))
     def test_a_stale_settlement_of_any_kind_is_refused(self, action: Action) -> None:
         transport, thief = self.open(), self.open()

@@ -352,4 +352,8 @@ def _ownership(db: sqlite3.Connection, deliveries: Sequence[Delivery]) -> list[b
     epochs: dict[int, int | None] = {}
     for marks, chunk in spread([delivery.receipt[0] for delivery in deliveries]):
         epochs.update(db.execute(f"SELECT seq, epoch FROM message WHERE seq IN ({marks})", chunk))  # noqa: S608
-    return [epochs.pop(seq, None) == epoch for seq, epoch in (delivery.receipt for delivery in deliveries)]
+    # A stale delivery of a message may stand before the current one: only the owner uses the message up.
+    return [
+        epochs.get(seq) == epoch and epochs.pop(seq) is not None
+        for seq, epoch in (delivery.receipt for delivery in deliveries)
+    ]
