@@ -107,7 +107,7 @@ def test_what_is_no_report_says_nothing(text: str, tmp_path: Path) -> None:
 def test_the_command_shows_it() -> None:
     command = [sys.executable, "-m", "dray", "plugins", "transports", "serializers", "--conformance"]
     text = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
-    rows = {line.split()[1]: line for line in text.splitlines() if line.startswith(("transports", "serializers"))}
+    rows = {line.split()[1]: line for line in text.splitlines() if line.startswith((" transports", " serializers"))}
     assert "atomic then" in rows["sqlite"]
     assert f"dray {distribution('dray').version}" in rows["sqlite"]
     assert KIT_VERSION in rows["sqlite"]

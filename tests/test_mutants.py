@@ -10,24 +10,13 @@ from hypothesis import Phase
 
 from dray.testing import pool_kit
 from dray.testing.transport_machine import run_machine
-from tests.mutants import (
-    BACKEND_MUTANTS,
-    LEAST_MUTANTS,
-    NOT_FOR_THE_MACHINE,
-    POOL_MUTANTS,
-    TRANSPORT_MUTANTS,
-    BackendKit,
-    DeafBroadcast,
-    LeastKit,
-    PoolKit,
-    ReferenceKit,
-    Stepwise,
-    first_failure,
-    kit_of,
-)
+from tests.kit_runner import first_failure
+from tests.mutants import NOT_FOR_THE_MACHINE, TRANSPORT_MUTANTS, ReferenceKit, Stepwise, kit_of
+from tests.mutants_least import LEAST_MUTANTS, DeafBroadcast, LeastKit
+from tests.mutants_other import BACKEND_MUTANTS, POOL_MUTANTS, BackendKit, PoolKit
 
 MACHINE = ["test_state_machine"]
-EXAMPLES = 250
+EXAMPLES = 200
 
 
 @pytest.fixture

@@ -204,7 +204,10 @@ class FolderQueue:
     def die(self, source: str, name: Name, reason: str, now: float) -> bool:
         """Make a file a dead letter; False if it was gone."""
         entry = f"{microseconds(now):016x}-{name}"
-        write_whole(f"{self.dead}/.{entry}", reason.encode("utf-8", "replace"), self._fsync)
+        try:
+            write_whole(f"{self.dead}/.{entry}", reason.encode("utf-8", "replace"), self._fsync)
+        except FileExistsError:
+            return False  # somebody did the same within this microsecond
         try:
             os.rename(source, f"{self.dead}/{entry}")
         except FileNotFoundError:
@@ -215,9 +218,7 @@ class FolderQueue:
         return True
 
     def set_aside(self, source: str, name: Name, reason: str, now: float) -> None:
-        # Two that find the same file may meet here; the second one finds nothing.
-        with contextlib.suppress(FileExistsError):
-            self.die(source, name._replace(key=digest(_unreadable_id(name))), reason, now)
+        self.die(source, name._replace(key=digest(_unreadable_id(name))), reason, now)
 
     def set_aside_foreign(self, source: str, now: float) -> None:
         """Put a file aside whose name is not one of ours."""

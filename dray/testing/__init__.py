@@ -54,6 +54,7 @@ _HOMES = {
     "plugin_context": "dray.testing.harness",
 }
 _TESTS = (
+    "backend_life",
     "backends",
     "compressors",
     "kit",

@@ -70,8 +70,8 @@ class KitExecutor:
     """Does what the body says: ``command argument``. Headers ``soft`` and ``hard`` are the limits in seconds.
 
     ``ok``; ``echo X``; ``gate`` (tell ``started``, wait for a byte of ``gate``); ``spin`` (until something stops it);
-    ``work S`` (compute for S seconds); ``wait S`` (sleep; the value is the thread's native id); ``fail``; ``exit`` and ``interrupt`` (``SystemExit``, ``KeyboardInterrupt``);
-    ``report N`` (N interim states, then ``ok``).
+    ``work S`` (compute for S seconds); ``wait S`` (sleep; its value is the thread's native id); ``fail``; ``exit`` and
+    ``interrupt`` (``SystemExit``, ``KeyboardInterrupt``); ``report N`` (N interim states, then ``ok``).
     """
 
     def __init__(self) -> None:

@@ -155,13 +155,13 @@ def _record(parts: list[Record]) -> Record:
     for part in parts:
         for test, end in part["ends"].items():
             ends[test] = _worse(ends.get(test), end)
-    declared = [CONTRACT, *first["declared"]]
+    declared = {CONTRACT, *(ability for part in parts for ability in part["declared"])}
     holes = {
         ability: sorted(
             test
             for test, needed in first["tests"].items()
             if (ability in needed or (ability == CONTRACT and not needed))
-            and set(needed) <= set(declared)
+            and set(needed) <= declared
             and ends.get(test) != "passed"
         )
         for ability in declared
@@ -175,7 +175,7 @@ def _record(parts: list[Record]) -> Record:
         "unproven": {ability: tests for ability, tests in sorted(holes.items()) if tests},
         "undeclared": sorted(
             name
-            for name in set(first["abilities"]) - set(declared)
+            for name in set(first["abilities"]) - declared
             if not name.startswith("no_") and name != "driver_errors"
         ),
         "passed": counts["passed"],

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
 from dray.core.contracts import Consumer
-from dray.core.errors import TransportError, Unavailable, Uncertain
+from dray.core.errors import Unavailable, Uncertain
 from dray.core.faults import Faults
 from dray.core.message import Action, Delivery, Outgoing, Settlement
 from dray.testing.transport_model import Model
@@ -61,6 +61,14 @@ def run_machine(kit: TransportHarness, examples: int | None = None, phases: Sequ
         report_multiple_bugs=False,
     )
     run_state_machine_as_test(machine, settings=chosen)
+
+
+class _NotBegun(Unavailable):
+    """The fault switch: the call was not made."""
+
+
+class _Unanswered(Uncertain):
+    """The fault switch: the call was made, and its answer lost."""
 
 
 class Client:
@@ -135,9 +143,9 @@ class TransportMachine(RuleBasedStateMachine):
         found: list[Delivery] = []
         try:
             self._call(lambda: found.extend(self._take(one.consumer, limit)))
-        except Unavailable:
+        except _NotBegun:
             return
-        except Uncertain:  # the link went while the answer came: they are out, and nobody has them
+        except _Unanswered:  # the link went while the answer came: they are out, and nobody has them
             self._received(found, limit)
             self._model.abandoned(found)
             if self._features.lease_s is None:
@@ -181,9 +189,9 @@ class TransportMachine(RuleBasedStateMachine):
         now = self._now()
         try:
             lost = self._call(lambda: one.transport.extend(chosen, lease_s))
-        except Unavailable:
+        except _NotBegun:
             return
-        except Uncertain:
+        except _Unanswered:
             for delivery in chosen:
                 self._model.maybe_extended(delivery, now + lease_s)
             return
@@ -207,9 +215,9 @@ class TransportMachine(RuleBasedStateMachine):
         transport = self._clients[0].transport
         try:
             removed = self._call(lambda: transport.bury(marks, expires_at, remove_waiting=remove))
-        except Unavailable:
+        except _NotBegun:
             return
-        except Uncertain:
+        except _Unanswered:
             self._marks = None
             if remove:
                 self._model.buried(marks, None, self._now())
@@ -262,10 +270,10 @@ class TransportMachine(RuleBasedStateMachine):
         """Every call goes through the fault switch."""
         fault, self._fault = self._fault, None
         if fault == "before":
-            raise Unavailable("the machine's fault: not even begun")
+            raise _NotBegun("the machine's fault")
         result = function()
         if fault == "after":
-            raise Uncertain("the machine's fault: the answer is lost")
+            raise _Unanswered("the machine's fault")
         return result
 
     def _send(self, client: int, drafts: Iterable[Any]) -> None:
@@ -286,9 +294,9 @@ class TransportMachine(RuleBasedStateMachine):
         copies = [self._model.add(message) for message in messages]
         try:
             self._call(lambda: self._clients[client].transport.send(messages))
-        except Unavailable:
+        except _NotBegun:
             return
-        except Uncertain:
+        except _Unanswered:
             for copy in copies:
                 copy.exists = None
             return
@@ -336,9 +344,10 @@ class TransportMachine(RuleBasedStateMachine):
             one.transport.context = replace(one.transport.context, faults=Faults({"follow_ups_sent": ("uncertain", 1)}))
         try:
             lost = self._call(lambda: one.transport.settle(batch))
-        except Unavailable:
+        except _NotBegun:
             return
-        except Uncertain:
+        except Uncertain as error:
+            assert in_half or isinstance(error, _Unanswered), "a transport that nobody disturbed is not certain"
             for settlement in batch:
                 self._model.maybe_settled(settlement, now, in_half=in_half)
             self._unanswered = (one, batch)

@@ -201,6 +201,16 @@ class OwnershipTests(TransportHarness):
         assert self.settle(transport, [delivery], Action.ACK, then) == [delivery]
         assert self.ids(consumer) == ["next"]
 
+    @needs("dead_letter")
+    def test_putting_aside_twice_is_harmless(self) -> None:
+        transport = self.open()
+        transport.send([self.message()])
+        delivery = self.take_one(self.consume(transport))
+        assert self.settle(transport, [delivery], Action.DEAD) == []
+        assert self.settle(transport, [delivery], Action.DEAD) == [delivery]
+        (letter,) = transport.dead_get(["m"])
+        assert letter.reason == "why"
+
     def test_the_same_delivery_twice_in_a_batch_counts_once(self) -> None:
         transport = self.open()
         transport.send([self.message()])
