@@ -176,13 +176,21 @@ class TombstonesForgotten(Reference):
         self.store._marks.clear()
 
 
-class BuriedAlive(Reference):
-    """Says that it removed what it did not."""
+class BuriedForGood(Reference):
+    """Removes the waiting messages of buried ids, whose callers then wait for ever."""
 
-    def bury(self, marks: Mapping[str, str], expires_at: float, remove_waiting: bool = True) -> set[str]:
-        removed = super().bury(marks, expires_at, remove_waiting=False)
-        waiting = {message.id for queue in self.store.queues.values() for message in queue.waiting()}
-        return waiting & set(marks) if remove_waiting else removed
+    def bury(self, marks: Mapping[str, str], expires_at: float, hasten: bool = False) -> None:
+        super().bury(marks, expires_at, hasten)
+        for queue in self.store.queues.values():
+            for level in queue.levels:
+                kept = [entry for entry in level if entry[0].id not in marks]
+                level.clear()
+                level.extend(kept)
+
+
+class NeverHastened(Reference):
+    def bury(self, marks: Mapping[str, str], expires_at: float, hasten: bool = False) -> None:
+        super().bury(marks, expires_at)
 
 
 class DropsExpired(MemoryStore):
@@ -252,7 +260,8 @@ TRANSPORT_MUTANTS: dict[str, type[ReferenceKit]] = {
     "release charges": kit_of(store=ReleaseCharges),
     "priorities ignored": kit_of(store=PrioritiesIgnored),
     "tombstones forgotten": kit_of(TombstonesForgotten),
-    "buried alive": kit_of(BuriedAlive),
+    "buried for good": kit_of(BuriedForGood),
+    "never hastened": kit_of(NeverHastened),
     "expired dropped": kit_of(store=DropsExpired),
     "half atomic": kit_of(HalfAtomic),
     "removes first": kit_of(RemovesFirst),

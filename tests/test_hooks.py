@@ -72,7 +72,7 @@ def test_all_listeners_are_called_in_order_and_a_failing_one_is_logged(caplog: p
 
     class Failing:
         @hookimpl
-        def task_started(self, id: str) -> None:  # noqa: A002
+        def task_started(self, id: str) -> None:
             order.append("failing")
             raise RuntimeError(f"no {id}")
 

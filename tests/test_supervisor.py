@@ -110,11 +110,12 @@ def test_a_warm_stop_waits_for_what_runs_up_to_its_timeout(tmp_path: Path) -> No
 def test_revoke_ends_what_runs_and_what_waits(tmp_path: Path) -> None:
     project = Project(tmp_path, "transport: sqlite\nbackend: sqlite", NAPS)
     with project.worker("--pool", "prefork", "--size", "1"):
-        running, waiting = project.python("print(nap.delay(60).id, nap.delay(60).id)").split()
+        code = "print(nap.delay(60).id, nap.delay(60).id, nap.options(countdown=3600).delay(60).id)"
+        running, waiting, delayed = project.python(code).split()
         project.until(lambda: project.runs()["nap"] == 1, "the nap to begin")
-        code = f"app.revoke({waiting!r}); app.revoke({running!r}, terminate=True)"
+        code = f"app.revoke({waiting!r}, {delayed!r}); app.revoke({running!r}, terminate=True)"
         project.python(code)
-        state = f"print(app.result({running!r}).state, app.result({waiting!r}).state)"
-        project.until(lambda: project.python(state) == "REVOKED REVOKED", "both to be revoked")
+        state = f"print(*(app.result(id).state for id in ({running!r}, {waiting!r}, {delayed!r})))"
+        project.until(lambda: project.python(state) == "REVOKED REVOKED REVOKED", "all to be revoked")
         assert project.python("print(note.delay(1).get(10))") == "1"
     assert project.runs()["nap"] == 1

@@ -16,7 +16,7 @@ from dray.core.errors import CodecError, ConfigError, NotSupported, PublishUncer
 from dray.core.fallback import Fallback
 from dray.core.faults import Faults
 from dray.core.hooks import Hooks
-from dray.core.message import Delivery, Outgoing, State, StoredResult
+from dray.core.message import Delivery, Outgoing
 from dray.core.result import AsyncResult, GroupResult, Results
 from dray.core.retry import Policy
 from dray.core.task import NO_OPTIONS, CallOptions, Signature, Task, check_user_headers
@@ -114,22 +114,15 @@ class Client:
     def revoke(self, ids: Iterable[str], *, terminate: bool = False) -> None:
         """Cancel tasks: what has not started never starts, also after every worker restarted (promise G7).
 
-        The fact is stored in the transport for a year. ``terminate``: what runs is ended, on pools that can.
+        The fact is stored in the transport for a year. A worker that meets the task settles it, with the state REVOKED;
+        one that is delayed becomes due for that. ``terminate``: what runs is ended, on pools that can.
         Raises ``NotSupported`` when the transport cannot remember.
         """
         transport, ids = self._transport, list(ids)
         if not isinstance(transport, Tombstones):
             raise NotSupported(f"the transport {transport.context.name!r} cannot remember revoked tasks")
-        now = self._clock.time()
-        gone = transport.bury(dict.fromkeys(ids, "terminate" if terminate else "revoked"), now + 366 * 86400)
-        if gone and self._backend.features.keeps:  # never started and never will: say so at once
-            expires_at = now + self._result_expires_s
-            self._backend.store(
-                [
-                    StoredResult(i, State.REVOKED, self._codec.encode_result(i, None, State.REVOKED), expires_at)
-                    for i in gone
-                ]
-            )
+        mark = "terminate" if terminate else "revoked"
+        transport.bury(dict.fromkeys(ids, mark), self._clock.time() + 366 * 86400, hasten=True)
 
     def requeue_dead(self, ids: Iterable[str]) -> list[str]:
         """Send dead letters again, as new: all retries and deliveries before them, no expiry, results forgotten.

@@ -234,14 +234,16 @@ class DeadLetters(Protocol):
 class Tombstones(Protocol):
     """A transport that remembers ids which must not be run (again): revoked ones, and replays of ended ones.
 
+    It keeps the fact and nothing else: a message of a buried id is handed out as any other, and the worker settles it.
+
     A stored fact, as durable as a message. Any thread.
     """
 
-    def bury(self, marks: Mapping[str, str], expires_at: float, remove_waiting: bool = True) -> set[str]:
+    def bury(self, marks: Mapping[str, str], expires_at: float, hasten: bool = False) -> None:
         """Remember each id with its mark (short text) until ``expires_at``.
 
-        ``remove_waiting``: also remove waiting messages of these ids (never handed out, or given back); returns the ids
-        of which one was removed, best effort while others send and receive. May look through whole queues.
+        ``hasten``: also make delayed messages of these ids due now, so that a worker settles them soon instead of when
+        their time comes. May look through whole queues.
         """
         ...
 

@@ -187,7 +187,7 @@ class Settler:
             elif settlement.action is Action.DEAD and self._is_genuine(settlement.delivery):
                 ended[settlement.delivery.id] = "dead"
         if ended:
-            self._transport.bury(ended, self._clock.time() + self._remember_ended_s, remove_waiting=False)
+            self._transport.bury(ended, self._clock.time() + self._remember_ended_s)
 
     def _is_genuine(self, delivery: Delivery) -> bool:
         """False for a message with a bad signature: it must not make the genuine one of the same id count as ended."""

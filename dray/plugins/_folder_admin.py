@@ -73,14 +73,14 @@ def dead(sources: Sequence[FolderQueue], ids: Sequence[str]) -> Iterator[tuple[D
                 yield letter, source, entry, name
 
 
-def remove_waiting(sources: Sequence[FolderQueue], ids: Sequence[str]) -> set[str]:
-    """Delete the waiting messages with these ids; return the ids of which there were any."""
-    by_key = {digest(id_): id_ for id_ in ids}
+def hasten(sources: Sequence[FolderQueue], ids: Sequence[str], now: float) -> set[str]:
+    """Make delayed messages with these ids due; the names of the queues that had any."""
+    keys, due = {digest(id_) for id_ in ids}, microseconds(now)
     return {
-        by_key[name.key]
+        source.queue
         for source in sources
         for name in source.waiting()
-        if name.key in by_key and source.remove(name)
+        if name.key in keys and name.time > due and source.hasten(name, due)
     }
 
 

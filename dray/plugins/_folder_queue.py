@@ -240,6 +240,10 @@ class FolderQueue:
             return False
         return True
 
+    def hasten(self, name: Name, due: int) -> bool:
+        """Make a delayed message due; False if it was gone."""
+        return self.place(f"{self.messages}/{name.folder}/{name}", name._replace(time=due))
+
     def read(self, name: Name, *, delayed: bool) -> Outgoing | None:
         """A waiting message, left where it is; None if it is gone or makes no sense."""
         try:

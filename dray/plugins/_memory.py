@@ -7,7 +7,7 @@ import itertools
 import math
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 from dray.core.message import DeadLetter, Delivery, Outgoing
@@ -58,17 +58,14 @@ class Queue:
         for _, _, message, _ in sorted(self.delayed, key=lambda item: item[:2]):
             yield message
 
-    def remove(self, ids: Iterable[str]) -> set[str]:
-        """Take waiting messages with these ids out; return the ids that were there."""
-        doomed = {message.id for message in self.waiting()}.intersection(ids)
-        if doomed:
-            for level in self.levels:
-                kept = [entry for entry in level if entry[0].id not in doomed]
-                level.clear()
-                level.extend(kept)
-            self.delayed = [item for item in self.delayed if item[2].id not in doomed]
-            heapq.heapify(self.delayed)
-        return doomed
+    def hasten(self, ids: Collection[str], now: float) -> bool:
+        """Make delayed messages with these ids due; False if there are none."""
+        hastened = [(min(item[0], now), *item[1:]) if item[2].id in ids else item for item in self.delayed]
+        if hastened == self.delayed:
+            return False
+        self.delayed = hastened
+        heapq.heapify(self.delayed)
+        return True
 
 
 class MemoryStore:
@@ -84,7 +81,7 @@ class MemoryStore:
         self.queues: dict[str, Queue] = {}
         self.leases: dict[int, Lease] = {}
         self.dead: dict[int, DeadLetter] = {}
-        """Dead letters in the order they died, each with its priority."""
+        """Dead letters in the order they died."""
         self.waiters: set[Waiter] = set()
         self._numbers = itertools.count(1)
         self._first_expiry = math.inf
@@ -171,9 +168,8 @@ class MemoryStore:
             self._marks[key] = (mark, expires_at)
             heapq.heappush(self._mark_expiries, (expires_at, key))
 
-    def remove_waiting(self, ids: Iterable[str]) -> set[str]:
-        wanted = set(ids)
-        return set().union(*(queue.remove(wanted) for queue in self.queues.values()))
+    def hasten(self, ids: Collection[str], now: float) -> None:
+        self.poke({name for name, queue in self.queues.items() if queue.hasten(ids, now)})
 
     def buried(self, ids: Iterable[str], now: float) -> dict[str, str]:
         known = ((key, self._marks[key]) for key in ids if key in self._marks)

@@ -11,6 +11,7 @@ from dray.core.errors import DecodeError, TransportError
 from dray.core.message import DeadLetter, Outgoing, QueueStats
 from dray.core.wire import unpack_headers
 from dray.plugins._sqlite import Database, spread
+from dray.plugins._sqlite_bell import queue_keys, take_waiters
 
 _AT_ONCE = 5000
 """Rows deleted in one transaction: others get their turn in between."""
@@ -136,37 +137,34 @@ def _letter(row: tuple[str, str, bytes, bytes, str, float, int]) -> DeadLetter:
 # --- tombstones --------------------------------------------------------------------------------------------
 
 
-def bury(database: Database, marks: Mapping[str, str], expires_at: float, remove_waiting: bool) -> set[str]:
-    """There is no index on ids: the long look is taken beside the writers, and only at new rows under their lock.
+def bury(database: Database, marks: Mapping[str, str], expires_at: float, hasten: bool) -> set[str]:
+    """The bells to ring after the commit.
 
-    What slips through in between is not removed, and not run either: the worker asks for tombstones.
+    There is no index on ids: delayed messages are looked for beside the writers. One that comes in meanwhile waits for
+    its time; the worker that gets it asks for tombstones then.
     """
-    if not marks:
-        return set()
     ids = list(marks)
 
-    def look(db: sqlite3.Connection, after: int) -> list[tuple[int, str]]:
-        where = "seq > ? AND epoch IS NULL AND id IN"
+    def look(db: sqlite3.Connection) -> list[tuple[int, str]]:
         return [
             row
             for places, chunk in spread(ids)
-            for row in db.execute(f"SELECT seq, id FROM message WHERE {where} ({places})", (after, *chunk))  # noqa: S608
+            for row in db.execute(
+                f"SELECT seq, queue FROM message WHERE due > 0 AND epoch IS NULL AND id IN ({places})",  # noqa: S608
+                chunk,
+            )
         ]
 
-    def first(db: sqlite3.Connection) -> tuple[list[tuple[int, str]], int]:
-        return look(db, 0), db.execute("SELECT coalesce(max(seq), 0) FROM message").fetchone()[0]
-
-    waiting, last = database.read(first) if remove_waiting else ([], 0)
+    delayed = database.read(look) if hasten and ids else []
 
     def work(db: sqlite3.Connection) -> set[str]:
         rows = [(id_, mark, expires_at) for id_, mark in marks.items()]
         db.executemany("INSERT OR REPLACE INTO tombstone VALUES (?, ?, ?)", rows)
-        if not remove_waiting:
-            return set()
-        delete = "DELETE FROM message WHERE seq = ? AND id = ? AND epoch IS NULL"
-        return {row[1] for row in waiting + look(db, last) if db.execute(delete, row).rowcount}
+        update = "UPDATE message SET due = 0 WHERE seq = ? AND due > 0 AND epoch IS NULL"
+        queues_ = {queue for seq, queue in delayed if db.execute(update, (seq,)).rowcount}
+        return take_waiters(db, queue_keys(queues_)) if queues_ else set()
 
-    return database.write(work)
+    return database.write(work) if ids else set()
 
 
 def buried(db: sqlite3.Connection, ids: Sequence[str], now: float) -> dict[str, str]:

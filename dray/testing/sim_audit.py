@@ -45,8 +45,6 @@ class Entry:
     barred_at: float = float("inf")
     finished_at: float = float("inf")
     """When its message was removed for good."""
-    withdrawn: bool = False
-    """Its waiting message was removed by a revoke."""
     store_failed: bool = False
     result: StoredResult | None = None
     dead: list[str] = field(default_factory=list)
@@ -75,8 +73,6 @@ class Audit:
         self.entries: dict[str, Entry] = {}
         self.holdings: dict[int, Holding] = {}
         self.violations: list[str] = []
-        self.gaps: list[str] = []
-        """Revoked tasks whose message is gone and whose result is missing, because the revoker failed in between."""
 
     def broken(self, promise: str, what: str) -> None:
         """Note a broken promise."""
@@ -189,11 +185,6 @@ class Audit:
             entry.revoke_asked = entry.revoke_asked or mark in ("revoked", "terminate")
             if not entry.barred:
                 entry.barred, entry.barred_at = mark, self._kernel.now
-
-    def withdrawn(self, ids: Iterable[str]) -> None:
-        """A revoke removed the waiting messages of these; that their results say so is up to the revoker."""
-        for task_id in ids:
-            self.entries[task_id].withdrawn = True
 
     def _charge(self, holding: Holding) -> None:
         if not holding.charged:

@@ -112,16 +112,14 @@ class SimTransport(Transport):
         finally:
             self._on_wire = ""
 
-    def bury(self, marks: Mapping[str, str], expires_at: float, remove_waiting: bool = True) -> set[str]:
-        def apply(ids: Sequence[str]) -> set[str]:
+    def bury(self, marks: Mapping[str, str], expires_at: float, hasten: bool = False) -> None:
+        def apply(ids: Sequence[str]) -> None:
             some = {task_id: marks[task_id] for task_id in ids}
             self.audit.barred(some)
             self.chaos.kernel.note(f"buried {some}")
-            removed = self.inner.bury(some, expires_at, remove_waiting)
-            self.audit.withdrawn(removed)
-            return removed
+            self.inner.bury(some, expires_at, hasten)
 
-        return self.chaos.call(self.process, "transport.bury", list(marks), apply, cut=apply)
+        self.chaos.call(self.process, "transport.bury", list(marks), apply, cut=apply)
 
     def buried(self, ids: Sequence[str]) -> dict[str, str]:
         return self.chaos.call(self.process, "transport.buried", ids, self.inner.buried)

@@ -30,10 +30,6 @@ def judge(audit: Audit, store: MemoryStore, *, poor: bool) -> None:
 def _judge_task(audit: Audit, entry: Entry, is_letter: bool) -> None:
     name, kind, result = entry.id, KINDS[entry.kind], entry.result
     ended = result is not None and result.state in TERMINAL
-    if entry.withdrawn and not ended and not is_letter:
-        if entry.keeps_result:
-            audit.gaps.append(name)
-        return
     silent_end = not entry.keeps_result and (entry.completed > 0 or entry.barred or not entry.wants_run)
     audit.expect(ended or is_letter or bool(silent_end), "G2", f"{name} was confirmed and has no end; {entry}")
     audit.expect(is_letter == bool(entry.dead) or bool(entry.barred), "G2", f"{name}: its dead letter is gone")

@@ -57,8 +57,6 @@ class Report(NamedTuple):
     faults: Counter[str]
     tasks: int
     runs: int
-    gaps: list[str]
-    """See ``Audit.gaps``."""
     virtual_s: float
     steps: int
     trace: list[str] | None
@@ -134,7 +132,7 @@ class World:
             judge(audit, self.store, poor=self.poor)
         runs = sum(entry.runs.total() for entry in audit.entries.values())
         return Report(
-            self.seed, kernel.digest, audit.violations, self.chaos.counts, len(audit.entries), runs, audit.gaps,
+            self.seed, kernel.digest, audit.violations, self.chaos.counts, len(audit.entries), runs,
             kernel.now, kernel.steps, kernel.trace,
         )  # fmt: skip
 

@@ -35,9 +35,9 @@ def simulate(seed: int, keep_trace: bool = False) -> Report:
         logging.disable(disabled)
 
 
-def _brief(seed: int) -> tuple[int, list[str], Counter[str], int, int, int]:
+def _brief(seed: int) -> tuple[int, list[str], Counter[str], int, int]:
     report = simulate(seed)
-    return seed, report.violations, report.faults, report.tasks, report.runs, len(report.gaps)
+    return seed, report.violations, report.faults, report.tasks, report.runs
 
 
 def _say(text: str) -> None:
@@ -58,11 +58,11 @@ def _replay(seed: int) -> int:
 
 
 def _many(seeds: range, jobs: int) -> int:
-    began, done, faults, tasks, runs, gaps = time.monotonic(), 0, Counter[str](), 0, 0, 0
+    began, done, faults, tasks, runs = time.monotonic(), 0, Counter[str](), 0, 0
     failing: list[int] = []
     with multiprocessing.get_context("spawn").Pool(jobs) as pool:
-        for seed, violations, injected, tasks_of, runs_of, gaps_of in pool.imap_unordered(_brief, seeds, chunksize=10):
-            done, tasks, runs, gaps = done + 1, tasks + tasks_of, runs + runs_of, gaps + gaps_of
+        for seed, violations, injected, tasks_of, runs_of in pool.imap_unordered(_brief, seeds, chunksize=10):
+            done, tasks, runs = done + 1, tasks + tasks_of, runs + runs_of
             faults += injected
             if violations:
                 failing.append(seed)
@@ -72,8 +72,7 @@ def _many(seeds: range, jobs: int) -> int:
                 _say(f"{done} of {len(seeds)} seeds, {len(failing)} failing, {time.monotonic() - began:.0f} s")
     _say(
         f"{done} seeds in {time.monotonic() - began:.1f} s: {tasks} tasks, {runs} runs, {faults.total()} faults "
-        f"({', '.join(f'{name} {count}' for name, count in sorted(faults.items()))}); {len(failing)} failing; "
-        f"{gaps} revoked tasks without a result because the revoker failed"
+        f"({', '.join(f'{name} {count}' for name, count in sorted(faults.items()))}); {len(failing)} failing"
     )
     return 1 if failing else 0
 

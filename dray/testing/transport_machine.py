@@ -208,26 +208,24 @@ class TransportMachine(RuleBasedStateMachine):
             self.kit.advance(units * self._unit_s)
 
     @precondition(lambda self: self._can["tombstones"])
-    @rule(numbers=st.sets(st.integers(0, 6), min_size=1, max_size=2), remove=st.booleans(), forget=st.booleans())
-    def bury(self, numbers: set[int], remove: bool, forget: bool) -> None:
+    @rule(numbers=st.sets(st.integers(0, 6), min_size=1, max_size=2), hasten=st.booleans(), forget=st.booleans())
+    def bury(self, numbers: set[int], hasten: bool, forget: bool) -> None:
         marks = {self._id(number): f"mark {number}" for number in numbers}
         expires_at = self._now() + 10**6
         transport = self._clients[0].transport
         try:
-            removed = self._call(lambda: transport.bury(marks, expires_at, remove_waiting=remove))
+            self._call(lambda: transport.bury(marks, expires_at, hasten=hasten))
         except _NotBegun:
             return
         except _Unanswered:
             self._marks = None
-            if remove:
-                self._model.buried(marks, None, self._now())
+            if hasten:
+                self._model.hastened(marks, answered=False)
             return
         if self._marks is not None:
             self._marks |= marks
-        if remove:
-            self._model.buried(marks, removed, self._now())
-        else:
-            assert removed == set()
+        if hasten:
+            self._model.hastened(marks, answered=True)
         if forget:
             gone = next(iter(marks))
             self._clients[1].transport.exhume([gone])

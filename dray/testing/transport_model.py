@@ -23,9 +23,10 @@ class Copy:
     message: Outgoing
     exists: Perhaps = False
     ended: Perhaps = False
-    """Acknowledged, dead, or removed while it waited."""
+    """Acknowledged or dead."""
     dead: Perhaps = False
-    removed: Perhaps = False
+    hastened: Perhaps = False
+    """Its delay was ended by a tombstone."""
     waiting: bool = True
     """Certainly not handed out: never, or given back for certain."""
     doubled: bool = False
@@ -42,7 +43,7 @@ class Copy:
 
     def is_ready(self, now: float, slack_s: float) -> bool:
         """Certainly there for who asks."""
-        due = self.message.not_before or 0.0
+        due = 0.0 if self.hastened else self.message.not_before or 0.0
         free_at = max(due, self.held_until, self.maybe_held_until)
         return self.is_ready_or_delayed(now) and free_at + slack_s < now
 
@@ -108,10 +109,11 @@ class Model:
                 assert low < delivery.delivery_count <= high + 1, (
                     f"{label} has the delivery count {delivery.delivery_count} after {low} to {high} deliveries"
                 )
-        assert (copy.message.not_before or 0.0) <= now + self._slack_s, f"{label} was delivered before it is due"
+        early = (copy.message.not_before or 0.0) > now + self._slack_s
+        assert not early or copy.hastened is not False, f"{label} was delivered before it is due"
         if self._features.atomic_then and not copy.doubled and copy.ended is None:
             self._never_happened(copy)
-        copy.exists, copy.ended, copy.dead, copy.removed, copy.waiting = True, False, False, False, False
+        copy.exists, copy.ended, copy.dead, copy.waiting = True, False, False, False
         copy.endings.clear()
         copy.holder = delivery
         copy.held_until = math.inf if lease_s is None else now + lease_s
@@ -161,7 +163,9 @@ class Model:
             self.copies[message.body].exists = True
         self._settled[id(delivery)] = delivery
         copy.waiting = action is Action.RELEASE
-        copy.ended = copy.ended if copy.doubled else action is not Action.RELEASE
+        copy.ended = action is not Action.RELEASE
+        if copy.doubled and copy.ended:
+            copy.ended = None  # one of two, maybe
         copy.dead = action is Action.DEAD
         copy.held_until = copy.maybe_held_until = -math.inf
         if action is Action.RELEASE:
@@ -212,27 +216,12 @@ class Model:
 
     # --- tombstones ----------------------------------------------------------------------------------------
 
-    def buried(self, ids: Iterable[str], removed: set[str] | None, now: float) -> None:
-        """Waiting messages of these ids were removed; ``removed`` is None if no answer came."""
-        for id_ in ids:
-            copies = [copy for copy in self.copies.values() if copy.message.id == id_]
-            candidates = [
-                copy
-                for copy in copies
-                if copy.exists is not False and copy.ended is not True and copy.held_until <= now + self._slack_s
-            ]
-            certain = [
-                copy
-                for copy in candidates
-                if copy.waiting and copy.is_ready_or_delayed(now) and not self._features.push
-            ]
-            if removed is not None:
-                assert id_ in removed or not certain, f"a waiting message of {id_} was not removed by burying it"
-                assert id_ not in removed or candidates, f"a message of {id_} was removed that did not wait"
-            if removed is None or id_ in removed:
-                for copy in candidates:
-                    is_certain = removed is not None and copy in certain and not copy.doubled
-                    copy.ended = copy.removed = True if is_certain else None
+    def hastened(self, ids: Iterable[str], answered: bool) -> None:
+        """Delayed messages of these ids were made due; without an answer, perhaps."""
+        for copy in self.copies.values():
+            if copy.message.id in ids and copy.exists is not False and copy.ended is not True:
+                certain = answered and copy.waiting and copy.exists is True and copy.ended is False
+                copy.hastened = copy.hastened or (True if certain and not copy.doubled else None)
 
     # --- the end -------------------------------------------------------------------------------------------
 
@@ -264,11 +253,9 @@ class Model:
             return is_dead or copy.dead is not True
         if copy.ended is None:
             return bool(
-                copy.removed is None
-                or copy.doubled
+                copy.doubled
                 or any(
-                    (is_dead or action is not Action.DEAD)
-                    and all(follow_up.exists is True or follow_up.removed is not False for follow_up in follow_ups)
+                    (is_dead or action is not Action.DEAD) and all(follow_up.exists is True for follow_up in follow_ups)
                     for action, follow_ups in copy.endings
                 )
             )

@@ -280,10 +280,11 @@ class FilesystemTransport(Transport):
 
     # --- Tombstones ----------------------------------------------------------------------------------------
 
-    def bury(self, marks: Mapping[str, str], expires_at: float, remove_waiting: bool = True) -> set[str]:
+    def bury(self, marks: Mapping[str, str], expires_at: float, hasten: bool = False) -> None:
         with self.working("cannot write tombstones"):
             self._tombstones.write(marks, expires_at, self.context.clock.time())
-            return admin.remove_waiting(self._all_queues(), list(marks)) if marks and remove_waiting else set()
+            if marks and hasten:
+                poke(self._waiters, admin.hasten(self._all_queues(), list(marks), self.context.clock.time()))
 
     def buried(self, ids: Sequence[str]) -> dict[str, str]:
         with self.working("cannot read tombstones"):

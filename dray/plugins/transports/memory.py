@@ -167,11 +167,12 @@ class MemoryTransport(Transport):
 
     # --- Tombstones ----------------------------------------------------------------------------------------
 
-    def bury(self, marks: Mapping[str, str], expires_at: float, remove_waiting: bool = True) -> set[str]:
+    def bury(self, marks: Mapping[str, str], expires_at: float, hasten: bool = False) -> None:
         store = self.opened()
         with store.lock:
             store.bury(marks, expires_at, self.context.clock.time())
-            return store.remove_waiting(marks) if remove_waiting else set()
+            if hasten:
+                store.hasten(marks, self.context.clock.time())
 
     def buried(self, ids: Sequence[str]) -> dict[str, str]:
         store = self.opened()

@@ -294,8 +294,8 @@ class SqliteTransport(Transport):
     def dead_purge(self, ids: Sequence[str]) -> list[str]:
         return self.database.write(lambda db: admin.dead_purge(db, ids))
 
-    def bury(self, marks: Mapping[str, str], expires_at: float, remove_waiting: bool = True) -> set[str]:
-        return admin.bury(self.database, marks, expires_at, remove_waiting)
+    def bury(self, marks: Mapping[str, str], expires_at: float, hasten: bool = False) -> None:
+        bells.ring(self.database.path, admin.bury(self.database, marks, expires_at, hasten))
 
     def buried(self, ids: Sequence[str]) -> dict[str, str]:
         return self.database.read(lambda db: admin.buried(db, ids, self._now()))
