@@ -46,11 +46,12 @@ def kit_of(transport: type[MemoryTransport] = Reference, store: type[MemoryStore
 
 class AckOnReceive(Reference):
     def settle(self, settlements: Sequence[Settlement]) -> list[Delivery]:
-        with self.store.lock:
+        with self.opened().lock:
             self.store.put([message for settlement in settlements for message in settlement.then], self._now())
         return []
 
     def extend(self, deliveries: Sequence[Delivery], lease_s: float) -> list[Delivery]:
+        self.opened()
         return []
 
     def _now(self) -> float:
@@ -69,9 +70,9 @@ class SettleById(Reference):
     """Whoever held a message once can settle it, whoever holds it now."""
 
     def settle(self, settlements: Sequence[Settlement]) -> list[Delivery]:
-        holders = {lease.message.body: receipt for receipt, lease in self.store.leases.items()}
+        holders = {lease.message[:3]: receipt for receipt, lease in self.store.leases.items()}
         current = [
-            settlement._replace(delivery=settlement.delivery._replace(receipt=holders.get(settlement.delivery.body)))
+            settlement._replace(delivery=settlement.delivery._replace(receipt=holders.get(settlement.delivery[:3])))
             for settlement in settlements
         ]
         lost = super().settle(current)
@@ -155,7 +156,7 @@ class ExtendsTheLost(Reference):
 
 class ExtendsNothing(Reference):
     def extend(self, deliveries: Sequence[Delivery], lease_s: float) -> list[Delivery]:
-        return [delivery for delivery in deliveries if delivery.receipt not in self.store.leases]
+        return [delivery for delivery in deliveries if delivery.receipt not in self.opened().leases]
 
 
 class ReleaseCharges(MemoryStore):
