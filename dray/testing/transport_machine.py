@@ -160,10 +160,7 @@ class TransportMachine(RuleBasedStateMachine):
     @rule(client=st.integers(0, 1), picks=_picks, action=_actions, then=_follow_ups)
     def settle(self, client: int, picks: list[int], action: Action, then: list[str]) -> None:
         one, chosen = self._choose(client, picks)
-        if action is Action.DEAD and not self._can["dead_letter"]:
-            action = Action.ACK
-        if action is Action.RELEASE and not self._can["release"]:
-            action = Action.ACK
+        action = self.kit.possible(action)
         if action is Action.RELEASE:
             then = []
         self._settle(

@@ -180,6 +180,11 @@ class TransportHarness(Conformance):
     def message(id_: str = "m", queue: str = "q", body: bytes = b"body", **fields: Any) -> Outgoing:
         return Outgoing(queue, id_, body, fields.pop("headers", {"task": "t"}), **fields)
 
+    def possible(self, action: Action) -> Action:
+        """The action, or ``ACK`` in place of one that the transport does not declare."""
+        ability = {Action.DEAD: "dead_letter", Action.RELEASE: "release"}.get(action)
+        return action if ability is None or self.abilities()[ability] else Action.ACK
+
     @staticmethod
     def settle(
         transport: Transport, deliveries: Sequence[Delivery], action: Action = Action.ACK, *then: Outgoing
