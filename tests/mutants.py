@@ -267,5 +267,5 @@ TRANSPORT_MUTANTS: dict[str, type[ReferenceKit]] = {
     "half atomic": kit_of(HalfAtomic),
     "removes first": kit_of(RemovesFirst),
 }
-NOT_FOR_THE_MACHINE = {"half atomic"}
-"""What needs two threads at once to be seen."""
+NOT_FOR_THE_MACHINE = {"half atomic", "never hastened"}
+"""What needs two threads at once to be seen; a hastened message is one that *may* come early, says the machine's model."""

@@ -156,9 +156,9 @@ class Transport(Plugin, ABC):
 
         For those nothing was changed, and their ``then`` was not published. One thread at a time (never together with
         :meth:`extend`), while others send and receive. An error means "unknown, the same batch comes again", so
-        settling twice is harmless: a delivery that is already settled counts as no longer ours. Without ``atomic_then``,
-        ``context.faults.hit("follow_ups_sent")`` goes between the two. An action that the features do not declare raises
-        ``NotSupported`` and changes nothing.
+        settling twice is harmless: a delivery that is already settled counts as no longer ours. Between publishing and
+        removing, without ``atomic_then``, goes ``context.faults.hit("follow_ups_sent")``. An action that the features
+        do not declare raises ``NotSupported`` and changes nothing.
         """
 
     @abstractmethod
