@@ -268,4 +268,4 @@ TRANSPORT_MUTANTS: dict[str, type[ReferenceKit]] = {
     "removes first": kit_of(RemovesFirst),
 }
 NOT_FOR_THE_MACHINE = {"half atomic", "never hastened"}
-"""What needs two threads at once to be seen; a hastened message is one that *may* come early, says the machine's model."""
+"""What needs two threads to be seen, and what the machine's model allows: a hastened message may come late."""
