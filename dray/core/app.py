@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import logging
 import os
 import random
@@ -355,9 +354,7 @@ class _Decorator:
         try:
             self._options = TaskOptions(**options)
         except TypeError as error:
-            from dataclasses import fields
-
-            known = ", ".join(f.name for f in fields(TaskOptions))
+            known = ", ".join(TaskOptions._fields)
             raise ConfigError(f"@app.task: {error}; task options are name, {known}") from None
 
     @overload
@@ -365,6 +362,8 @@ class _Decorator:
     @overload
     def __call__(self, fn: Callable[P, R]) -> Task[P, R]: ...
     def __call__(self, fn: Callable[..., Any]) -> Task[..., Any]:
+        import inspect
+
         kind = AsyncTask if inspect.iscoroutinefunction(fn) else Task
         task: Task[..., Any] = kind(fn, self._name or task_name(fn), self._options, self._app)
         self._app.registry.add(task)

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from dray.core.errors import DrayError
 
 
-@dataclass(slots=True)
-class Request:
+class Request(NamedTuple):
     """The running task's call. One per run; used by that task only."""
 
     id: str
@@ -25,7 +23,8 @@ class Request:
     """When the hard time limit ends this run (seconds since the epoch), None without one."""
     headers: Mapping[str, str]
     """The headers that the caller gave."""
-    _report: Callable[[Mapping[str, Any]], None]
+    report: Callable[[Mapping[str, Any]], None]
+    """Where :meth:`progress` goes."""
 
     def progress(self, done: float, total: float | None = None, **note: Any) -> None:
         """Tell callers how far this is: they see it as ``result.info`` while it runs.
@@ -33,7 +32,7 @@ class Request:
         ``note`` is plain data. Reports that follow each other within 0.1 s are dropped, the last (``done == total``)
         never is. Costs nothing when no results are kept.
         """
-        self._report({"done": done, "total": total, **note})
+        self.report({"done": done, "total": total, **note})
 
 
 current_request: ContextVar[Request | None] = ContextVar("dray_request", default=None)

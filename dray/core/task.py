@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
 import os.path
 import sys
 from collections.abc import Callable, Coroutine, Mapping
-from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, ParamSpec, Protocol, TypeVar, cast
 
 from dray.core.errors import ConfigError, EncodeError, InvalidArguments, InvalidName
 from dray.core.retry import Policy, Retry
 
 if TYPE_CHECKING:
+    import inspect
     from datetime import datetime, timedelta
 
     from dray.core.result import AsyncResult
@@ -35,8 +34,8 @@ class Sender(Protocol):
     ) -> AsyncResult[Any]: ...
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CallOptions:
+# Named tuples and not dataclasses: dataclasses import inspect, a third of the time that importing dray would take.
+class _CallFields(NamedTuple):
     """What one call asks for; ``None``: as the task, or the configuration, says.
 
     Times are seconds, ``timedelta``s, or (``eta``, ``expires``) aware ``datetime``s.
@@ -63,7 +62,19 @@ class CallOptions:
     """A compressor's name, or ``"none"``."""
     headers: Mapping[str, str] | None = None
 
-    def __post_init__(self) -> None:
+
+class CallOptions(_CallFields):
+    """What one call asks for, checked; the fields are those of its base. Keywords only."""
+
+    __slots__ = ()
+
+    def __new__(cls, **given: Any) -> CallOptions:
+        """Raises ``ConfigError``, ``InvalidName``."""
+        self = super().__new__(cls, **given)
+        self._check()
+        return self
+
+    def _check(self) -> None:
         if self.priority is not None and not (type(self.priority) is int and 0 <= self.priority <= 9):
             raise ConfigError(f"priority={self.priority!r}: a whole number from 0 to 9, higher first")
         if self.countdown is not None and self.eta is not None:
@@ -89,8 +100,7 @@ class CallOptions:
 NO_OPTIONS = CallOptions()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TaskOptions:
+class _TaskFields(NamedTuple):
     """What a task asks for at every call; ``None``: as the configuration says."""
 
     queue: str | None = None
@@ -105,11 +115,20 @@ class TaskOptions:
     serializer: str | None = None
     compression: str | None = None
     validate: bool = False
-    headers: Mapping[str, str] = field(default_factory=dict)
+    headers: Mapping[str, str] | None = None
 
-    def __post_init__(self) -> None:
-        shared = {f.name for f in fields(CallOptions)} - {"headers"}
-        CallOptions(**{f.name: getattr(self, f.name) for f in fields(self) if f.name in shared})
+
+class TaskOptions(_TaskFields):
+    """What a task asks for at every call, checked; the fields are those of its base. Keywords only."""
+
+    __slots__ = ()
+
+    def __new__(cls, **given: Any) -> TaskOptions:
+        """Raises ``ConfigError``, ``InvalidName``."""
+        self = super().__new__(cls, **given)
+        shared = {name: value for name, value in self._asdict().items() if name in CallOptions._fields}
+        CallOptions(**shared)  # what a call may not say, a task may not either
+        return self
 
 
 class Signature(NamedTuple):
@@ -140,10 +159,12 @@ class Task(Generic[P, R]):
         self.name = name
         self.sender = sender
         self.task_options = options
+        import inspect
+
         self.is_async = inspect.iscoroutinefunction(fn)
         self.policy: Policy | None = options.retry.policy() if options.retry is not None else None
         self.signature = inspect.signature(fn)
-        self.user_headers = check_user_headers(options.headers)
+        self.user_headers = check_user_headers(options.headers or {})
         self._least, self._most = _positional_bounds(self.signature)
         self.validator: Validator | None = None
         if options.validate:
@@ -227,14 +248,14 @@ class BoundTask(Generic[P, R]):
     def options(self, **options: Any) -> BoundTask[P, R]:
         """With more options."""
         call_options(options)  # for its errors
-        return BoundTask(self.task, replace(self.call_options, **options))
+        return BoundTask(self.task, CallOptions(**{**self.call_options._asdict(), **options}))
 
     def s(self, *args: P.args, **kwargs: P.kwargs) -> Signature:
         """A call, bound but not sent."""
         return Signature(self.task, args, kwargs, self.call_options)
 
 
-_OPTION_NAMES = tuple(f.name for f in fields(CallOptions))
+_OPTION_NAMES = CallOptions._fields
 
 
 def call_options(options: Mapping[str, Any]) -> CallOptions:
