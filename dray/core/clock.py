@@ -47,12 +47,26 @@ class Ids(Protocol):
 class TimeOrderedIds:
     """32 hex digits: 48 bits of milliseconds, 80 random bits (UUIDv7's layout, RFC 9562, without its version bits).
 
-    They sort by time, so that a store's index on them grows at one end, and they cannot be guessed.
+    They sort by time, so that a store's index on them grows at one end, and they cannot be guessed. Randomness is drawn
+    for many at once: each draw lets go of the interpreter lock, and a busy thread takes milliseconds to give it back.
     """
 
-    def new(self) -> str:
-        return f"{int(_time.time() * 1000):012x}{os.urandom(10).hex()}"
+    def __init__(self) -> None:
+        self._drawn: list[str] = []
+        os.register_at_fork(after_in_child=self._drawn.clear)  # or parent and child would give the same ids
 
+    def new(self) -> str:
+        try:
+            drawn = self._drawn.pop()
+        except IndexError:
+            bits = os.urandom(10 * DRAWN).hex()
+            self._drawn.extend([bits[at : at + 20] for at in range(20, len(bits), 20)])
+            drawn = bits[:20]
+        return f"{int(_time.time() * 1000):012x}{drawn}"
+
+
+DRAWN = 256
+"""Ids whose randomness is drawn at once."""
 
 Random = random.Random
 """Randomness for jitter: an instance is passed in; a test passes a seeded one."""
