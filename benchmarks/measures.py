@@ -223,6 +223,6 @@ print(calls)
 
 @measure
 def frames(_: float) -> Figures:
-    """Own Python calls per enqueue (tests/test_worker.py counts the frames on the way)."""
+    """Own Python calls per enqueue (tests/test_client.py and test_executor.py count the frames)."""
     calls = int(subprocess.check_output([sys.executable, "-c", COUNTING]))
     return {"calls_per_enqueue": calls, "reach": 40}
