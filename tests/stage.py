@@ -201,12 +201,28 @@ class Stage:
         self.charged = self.unsettled()
         self.worker()
 
+    def until_ready(self, worker: subprocess.Popen[bytes]) -> None:
+        """Wait until a worker has started all that it needs, and can be stopped."""
+        self.until(lambda: f" {worker.pid} worker default is ready" in self.project.log(), "a worker that is ready")
+
+    def until_given_back(self, worker: subprocess.Popen[bytes], before: Resources) -> None:
+        """Wait until a worker holds no more than it did."""
+        held: list[Resources] = []
+
+        def fits() -> bool:
+            held[:] = [Resources.of(worker.pid, self.case)]
+            return held[0].fits(before)
+
+        try:
+            self.until(fits, f"no more than {before}", 8)
+        except AssertionError:
+            raise AssertionError(f"{self.case}: held {before}, holds {held}\n{self.project.log()[-3000:]}") from None
+
     def end_workers(self) -> None:
         """Warm stop of all that live. One that is draining has had its signal."""
         for worker in self.workers:
             if worker.returncode is None and not (worker is self.workers[0] and self.case.point == "draining"):
-                ready = f" {worker.pid} worker default is ready"
-                self.until(lambda ready=ready: ready in self.project.log(), "a worker that can be stopped")
+                self.until_ready(worker)
                 worker.send_signal(signal.SIGTERM)
         for worker in self.workers[self.killed :]:
             try:

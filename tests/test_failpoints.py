@@ -131,6 +131,7 @@ def test_a_fault_in_the_worker(stage: Stage) -> None:
     for n in (-1, -2):
         send_one(stage.app, stage.ledger, 6 * n, {})
     stage.until(lambda: stage.ran(2) and stage.in_store() == 0, "the first tasks")
+    stage.until_ready(worker)  # the first tasks may have been run before its last thread was started
     stage.until(lambda: Resources.of(worker.pid, case).descriptors["fifo"] >= 2, "a worker that waits for more")
     before = Resources.of(worker.pid, case)
     stage.send_all()
@@ -145,7 +146,7 @@ def test_a_fault_in_the_worker(stage: Stage) -> None:
         stage.worker()
     stage.finish()
     if not stage.killed and case.point != "draining":
-        stage.until(lambda: Resources.of(worker.pid, case).fits(before), f"no more than {before}", 8)
+        stage.until_given_back(worker, before)
     stage.end_workers()
     check(stage)
 
