@@ -158,12 +158,22 @@ def test_the_environment_reaches_into_workers_and_plugins(write: Write) -> None:
         ("redis://h", {"db": 2}, PluginChoice("redis", {"url": "redis://h", "db": 2})),
         ("redis://h", {"url": "amqp://h"}, PluginChoice("amqp", {"url": "amqp://h"})),
         ("redis://h", {"use": "memory"}, PluginChoice("memory")),
+        ("[redis://h, redis://i]", {"db": 2}, PluginChoice("redis", {"url": ["redis://h", "redis://i"], "db": 2})),
+        ("[redis://h, redis://i]", {"url": ["amqp://h"]}, PluginChoice("amqp", {"url": ["amqp://h"]})),
+        ("{url: [redis://h], db: 1}", ["redis://i"], PluginChoice("redis", {"url": ["redis://i"], "db": 1})),
     ],
 )
 def test_options_are_merged_unless_another_plugin_is_named(
     write: Write, below: str, above: Any, result: object
 ) -> None:
     assert load({"transport": above}, environ={}, cwd=write(f"transport: {below}")).transport == result
+
+
+def test_several_urls_from_the_environment(tmp_path: Path) -> None:
+    found = load(environ={"DRAY_TRANSPORT": "[amqp://a, amqp://b]"}, cwd=tmp_path)
+    assert found.transport == PluginChoice("amqp", {"url": ["amqp://a", "amqp://b"]})
+    with pytest.raises(ConfigError, match=r"environment DRAY_TRANSPORT: transport: expected .* a URL"):
+        load(environ={"DRAY_TRANSPORT": "[amqp://a, b]"}, cwd=tmp_path)
 
 
 def test_accept_is_what_the_serializer_makes(tmp_path: Path) -> None:

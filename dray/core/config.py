@@ -257,6 +257,9 @@ def _canonical(tree: Node) -> Node:
 
 
 def _long_form(node: Node) -> Node:
+    if isinstance(node.value, list):
+        fields = plugins.plugin_fields(sources.flatten(node)[0])
+        return node if fields is None else Node({"url": node}, node.origin)
     if not isinstance(node.value, str):
         return node
     fields = plugins.plugin_fields(str(node.value)) or {}
@@ -274,7 +277,10 @@ def _merge(base: Node, over: Node) -> Node:
 
 
 def _names_another(base: Mapping[str, Node], over: Mapping[str, Node]) -> bool:
-    below, above = (plugins.plugin_name({key: node.value for key, node in item.items()}) for item in (base, over))
+    below, above = (
+        plugins.plugin_name({key: sources.flatten(item[key])[0] for key in ("use", "url") if key in item})
+        for item in (base, over)
+    )
     return above is not None and below is not None and above != below
 
 

@@ -65,7 +65,7 @@ class PluginChoice:
 
     @classmethod
     def from_raw(cls, raw: object, where: Where) -> PluginChoice:
-        """From ``sqlite``, from a URL whose scheme names the plugin, or from ``{use: sqlite, ...options}``."""
+        """From ``sqlite``, ``{use: sqlite, ...options}``, or a URL (or several) whose scheme names the plugin."""
         if isinstance(raw, PluginChoice):
             return raw
         fields = plugin_fields(raw.value if isinstance(raw, Loose) and not isinstance(raw.value, str) else raw)
@@ -80,9 +80,11 @@ class PluginChoice:
 
 
 def plugin_fields(raw: object) -> Mapping[str, Any] | None:
-    """The long form of a choice of a plugin: a name is ``{use: name}``, a URL is ``{url: ...}``; None: neither."""
+    """The long form of a choice: a name is ``{use: name}``, a URL or a list of them ``{url: ...}``; None: neither."""
     if isinstance(raw, str):
         return {"url": raw} if re.match(_SCHEME, raw) else {"use": raw}
+    if isinstance(raw, list | tuple) and raw and all(isinstance(url, str) and re.match(_SCHEME, url) for url in raw):
+        return {"url": raw}
     return raw if isinstance(raw, Mapping) else None
 
 
@@ -90,7 +92,9 @@ def plugin_name(fields: Mapping[str, Any]) -> Any:
     """The name of the plugin in the long form; None when it is left out."""
     if fields.get("use") is not None:
         return fields["use"]
-    match = re.match(_SCHEME, fields["url"]) if isinstance(fields.get("url"), str) else None
+    url = fields.get("url")
+    first = url[0] if isinstance(url, list | tuple) and url else url
+    match = re.match(_SCHEME, first) if isinstance(first, str) else None
     return match[1].lower() if match else None
 
 

@@ -7,6 +7,7 @@ import dataclasses
 import enum
 import inspect
 import itertools
+import re
 import textwrap
 import types
 import typing
@@ -141,13 +142,15 @@ def _is_secret(kind: Any) -> bool:
 
 
 def _choice(kind: str) -> Schema:
-    """A name, a URL, or a mapping with the options of one of the installed plugins."""
+    """A name, one URL or several, or a mapping with the options of one of the installed plugins."""
     shapes = _plugin_shapes(kind)
     forms: list[Schema] = [{"type": "string", "minLength": 1, "examples": sorted(shapes)}]
     for name, shape in shapes.items():
         forms.append(_with_keys(shape, {"use": {"const": name}}, required=["use"]))
         if "url" in shape["properties"]:
-            forms.append(_with_keys(shape, {"url": {"type": "string", "pattern": f"^{name}://"}}, required=["url"]))
+            one: Schema = {"type": "string", "pattern": f"^{re.escape(name)}://"}
+            several: Schema = {"type": "array", "items": one, "minItems": 1}
+            forms += [several, _with_keys(shape, {"url": {"anyOf": [one, several]}}, required=["url"])]
     forms.append(_other(shapes, "use"))
     return {"anyOf": forms}
 
