@@ -362,6 +362,19 @@ def test_with_signed_messages_what_has_ended_is_remembered_before_it_is_acknowle
     assert rig.transport.buried(["ended"]) == {}
 
 
+def test_what_is_stored_is_not_given_back_because_it_cannot_be_remembered() -> None:
+    rig = Rig(signed=True)
+    (delivery,) = rig.take("t")
+    rig.errors["bury"] = [Unavailable("away") for _ in range(3)]
+    rig.settler.collect([rig.end(delivery)])
+    for _ in range(3):
+        assert rig.settler.step() > 0
+        rig.clock.advance(100)
+    assert rig.settler.step() == 0
+    assert [name for name, _ in rig.journal] == ["store", "bury", "settle"]
+    assert rig.left() == []
+
+
 def test_a_forged_copy_does_not_make_the_genuine_message_count_as_ended() -> None:
     rig = Rig(signed=True)
     (forged,) = rig.take("a")

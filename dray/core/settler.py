@@ -156,10 +156,10 @@ class Settler:
             results = [outcome.result for outcome in batch if outcome.result is not None]
             if results:
                 self._backend.store(results)
-            self._remember_ended()
             self._stored = True
             if self._faults is not None:
                 self._faults.hit("stored")
+        self._remember_ended()
         settlements = [outcome.settlement for outcome in batch]
         if not self._fallback.native:
             settlements = [self._fallback.settlement(settlement) for settlement in settlements]
