@@ -73,7 +73,7 @@ conformance: install
 	rm -f dray/testing/conformance.json
 	DRAY_CONFORMANCE_REPORT=dray/testing/conformance.json $(BIN)/python -m pytest -n $(PYTEST_WORKERS) -q -r f \
 		tests/test_conformance_transports.py tests/test_conformance_backends.py \
-		tests/test_serializers.py tests/test_compressors.py tests/test_pools.py
+		tests/test_serializers.py tests/test_conformance_signed.py tests/test_compressors.py tests/test_pools.py
 
 unit: install
 	$(BIN)/python -m pytest -n $(PYTEST_WORKERS)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from dray.testing.harness import plugin_context
     from dray.testing.pools import PoolConformance
     from dray.testing.serializers import SerializerConformance
+    from dray.testing.signers import SignerConformance
     from dray.testing.transports import TransportConformance
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "ResultBackendConformance",
     "Run",
     "SerializerConformance",
+    "SignerConformance",
     "TransportConformance",
     "Trouble",
     "plugin_context",
@@ -49,6 +51,7 @@ _HOMES = {
     "ResultBackendConformance": "dray.testing.backends",
     "Run": "dray.testing.driver",
     "SerializerConformance": "dray.testing.serializers",
+    "SignerConformance": "dray.testing.signers",
     "TransportConformance": "dray.testing.transports",
     "Trouble": "dray.testing.chaos",
     "plugin_context": "dray.testing.harness",
@@ -60,6 +63,7 @@ _TESTS = (
     "kit",
     "pools",
     "serializers",
+    "signers",
     "transports",
     "transport_abilities",
     "transport_crashes",

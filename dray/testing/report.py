@@ -54,13 +54,17 @@ def find(info: PluginInfo) -> Record | None:
     module = info.target.partition(":")[0]
     for folder in (*_folder_of(module.rpartition(".")[0] or module), Path(__file__).parent):
         for record in read(folder / FILE_NAME):
-            if (record.get("kind"), record.get("name"), record.get("distribution")) == (
-                info.kind,
-                info.name,
-                info.distribution,
+            if (record.get("kind"), record.get("distribution")) == (info.kind, info.distribution) and (
+                info.name == record.get("name") or info.target == _target(info, str(record.get("name")))
             ):
                 return record
     return None
+
+
+def _target(info: PluginInfo, name: str) -> str | None:
+    """What another name means in the same distribution: one class may be offered under several."""
+    entries = entry_points(group=f"dray.{info.kind}", name=name)
+    return next((entry.value for entry in entries if entry.dist and entry.dist.name == info.distribution), None)
 
 
 def _folder_of(module: str) -> Iterator[Path]:
