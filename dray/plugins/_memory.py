@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import logging
 import math
 import threading
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from queue import SimpleQueue
 from typing import NamedTuple, Protocol
 
 from dray.core.message import DeadLetter, Delivery, Outgoing
@@ -33,6 +35,28 @@ class Waiter(Protocol):
     def poke(self) -> None:
         """Something may be there: look again. Never blocks."""
         ...
+
+
+class Listener:
+    """Hears one channel: a thread of its own calls ``deliver``, so that who says something never waits for it."""
+
+    def __init__(self, channel: str, deliver: Callable[[bytes], None], logger: logging.Logger) -> None:
+        self.channel = channel
+        self._deliver = deliver
+        self._logger = logger
+        self._heard: SimpleQueue[bytes | None] = SimpleQueue()
+        threading.Thread(target=self._run, name="dray-broadcast", daemon=True).start()
+
+    def hear(self, payload: bytes | None) -> None:
+        """Pass this on soon; None: the end."""
+        self._heard.put(payload)
+
+    def _run(self) -> None:
+        while (payload := self._heard.get()) is not None:
+            try:
+                self._deliver(payload)
+            except Exception:
+                self._logger.exception("a listener to the channel %r failed", self.channel)
 
 
 class Queue:
@@ -83,6 +107,7 @@ class MemoryStore:
         self.dead: dict[int, DeadLetter] = {}
         """Dead letters in the order they died."""
         self.waiters: set[Waiter] = set()
+        self.listeners: set[Listener] = set()
         self._numbers = itertools.count(1)
         self._first_expiry = math.inf
         """No lease ends before this: the leases are looked through only after it, so that a claim stays cheap."""

@@ -6,14 +6,14 @@ import itertools
 import math
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from queue import Empty, SimpleQueue
 
 from dray.core.contracts import Consumer, Durability, PluginContext, Seconds, Transport, TransportFeatures
 from dray.core.errors import ConfigError, TooLarge, Unavailable
 from dray.core.message import Action, DeadLetter, Delivery, Outgoing, QueueStats, Settlement
-from dray.plugins._memory import LEVELS, Lease, MemoryStore, Queue
+from dray.plugins._memory import LEVELS, Lease, Listener, MemoryStore, Queue
 
 HEADERS_BYTES = 2**16
 """More than the headers of a message ever have."""
@@ -54,6 +54,7 @@ class MemoryTransport(Transport):
             raise ConfigError(f"memory: lease must be more than 0 seconds, not {options.lease:g}")
         self.features = replace(self.features, lease_s=options.lease)
         self.store = store or MemoryStore()
+        self._listeners: list[Listener] = []
         self._closed = False
 
     def open(self) -> None:
@@ -61,6 +62,8 @@ class MemoryTransport(Transport):
 
     def close(self) -> None:
         self._closed = True
+        for listener in self._listeners[:]:
+            self._stop(listener)
 
     def declare(self, queues: Sequence[str]) -> None:
         with self.opened().lock:
@@ -182,6 +185,30 @@ class MemoryTransport(Transport):
     def exhume(self, ids: Sequence[str]) -> None:
         with self.opened().lock:
             self.store.exhume(ids)
+
+    # --- Broadcaster ---------------------------------------------------------------------------------------
+
+    def broadcast(self, channel: str, payload: bytes) -> None:
+        store = self.opened()
+        with store.lock:
+            for listener in store.listeners:
+                if listener.channel == channel:
+                    listener.hear(payload)
+
+    def listen(self, channel: str, deliver: Callable[[bytes], None]) -> Callable[[], None]:
+        store = self.opened()
+        listener = Listener(channel, deliver, self.context.logger)
+        with store.lock:
+            store.listeners.add(listener)
+            self._listeners.append(listener)
+        return lambda: self._stop(listener)
+
+    def _stop(self, listener: Listener) -> None:
+        with self.store.lock:
+            if listener in self.store.listeners:
+                self.store.listeners.remove(listener)
+                self._listeners.remove(listener)
+                listener.hear(None)
 
     def opened(self) -> MemoryStore:
         """The store; raises ``Unavailable`` after ``close``."""

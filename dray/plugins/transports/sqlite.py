@@ -8,7 +8,7 @@ import math
 import sqlite3
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, NamedTuple
 
@@ -19,6 +19,7 @@ from dray.core.wire import pack_headers
 from dray.plugins import _sqlite_admin as admin
 from dray.plugins import _sqlite_bell as bells
 from dray.plugins._sqlite import MAX_BODY_BYTES, WORKER_LOG_BYTES, Database, database_path, spread
+from dray.plugins._sqlite_broadcast import Audience, say
 
 _INSERT = "INSERT INTO message (queue, id, rank, due, count, born, headers, body) VALUES (?, ?, ?, ?, 0, ?, ?, ?)"
 # Messages that came due, and those whose lease ended. The epoch stays: until someone else claims it, the old receipt
@@ -100,6 +101,7 @@ class SqliteTransport(Transport):
         path = database_path(options.url, options.path, context.base)
         self.database = Database(path, options.synchronous, options.busy_timeout, context)
         self._logger: logging.Logger = context.logger
+        self._audience = Audience(self.database, context.logger)
         self._now = context.clock.time
         self._owner: tuple[int, bells.Bell] | None = None
         self._owner_lock = threading.Lock()
@@ -116,6 +118,7 @@ class SqliteTransport(Transport):
             self.database.write(lambda db: db.executemany("INSERT OR IGNORE INTO queue VALUES (?)", rows))
 
     def close(self) -> None:
+        self._audience.close()
         with self._owner_lock:
             owner, self._owner = self._owner, None
         if owner is not None:
@@ -270,6 +273,15 @@ class SqliteTransport(Transport):
             for _, bell in dead:
                 bells.remove(self.database.path, bell)
         return bool(dead)
+
+    # --- what everybody hears ------------------------------------------------------------------------------
+
+    def broadcast(self, channel: str, payload: bytes) -> None:
+        now = self._now()
+        bells.ring(self.database.path, self.database.write(lambda db: say(db, channel, payload, now)))
+
+    def listen(self, channel: str, deliver: Callable[[bytes], None]) -> Callable[[], None]:
+        return self._audience.add(channel, deliver)
 
     # --- what lies in the queues, dead letters, tombstones -------------------------------------------------
 
