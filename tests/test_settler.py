@@ -362,6 +362,16 @@ def test_with_signed_messages_what_has_ended_is_remembered_before_it_is_acknowle
     assert rig.transport.buried(["ended"]) == {}
 
 
+def test_that_a_task_was_revoked_is_not_forgotten_when_a_copy_of_it_ends() -> None:
+    rig = Rig(signed=True)
+    deliveries = rig.take("a", "b")
+    rig.transport.bury({"a": "terminate"}, rig.clock.time() + 60)
+    rig.settler.collect([rig.end(delivery) for delivery in deliveries])
+    rig.drain()
+    rig.clock.advance(61)
+    assert rig.transport.buried(["a", "b"]) == {"a": "terminate", "b": "ended"}
+
+
 def test_what_is_stored_is_not_given_back_because_it_cannot_be_remembered() -> None:
     rig = Rig(signed=True)
     (delivery,) = rig.take("t")

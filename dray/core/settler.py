@@ -77,7 +77,7 @@ class Settler:
     def track(self, deliveries: Sequence[Delivery]) -> None:
         """These are ours now: keep their leases."""
         with self._lock:
-            self._in_flight.update((id(delivery), delivery) for delivery in deliveries)
+            self._in_flight.update(zip(map(id, deliveries), deliveries, strict=True))
 
     def collect(self, outcomes: Iterable[Outcome]) -> None:
         """Settle these soon. Outcomes of deliveries that are no longer in flight (lost leases) are dropped."""
@@ -187,6 +187,9 @@ class Settler:
             elif settlement.action is Action.DEAD and self._is_genuine(settlement.delivery):
                 ended[settlement.delivery.id] = "dead"
         if ended:
+            # A copy of a revoked task may run elsewhere: its worker has to see that it was revoked.
+            marks = self._transport.buried(list(ended))
+            ended |= {id_: mark for id_, mark in marks.items() if mark in ("revoked", "terminate")}
             self._transport.bury(ended, self._clock.time() + self._remember_ended_s)
 
     def _is_genuine(self, delivery: Delivery) -> bool:

@@ -107,6 +107,8 @@ class Chaos:
         if self.odds.slow and draw.random() < self.odds.slow:
             seconds = draw.uniform(0.5, 6.0)
             self.fault(f"slow {process.name} {what} {seconds:.1f}")
+            if what == "transport.receive":  # costs as much of the leases as a renewal that failed
+                process.failed_at = max(process.failed_at, self.kernel.now + seconds)
             if what in KEEPS_RENEWAL_WAITING:
                 process.troubled_at = max(process.troubled_at, self.kernel.now + seconds)
             return seconds

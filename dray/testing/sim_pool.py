@@ -36,6 +36,8 @@ class SimSlot:
 
     def begin(self, task: str, soft_s: float | None, hard_s: float | None) -> None:
         assert self.delivery is not None
+        if self.fate is not None:  # ended before it could begin
+            raise Ended
         self.begun = True
         now = self._pool.kernel.now
         self.soft_at = NEVER if soft_s is None else now + soft_s

@@ -45,6 +45,8 @@ REST_S = 400.0
 RESULT_S = 86400.0
 MAX_AGE_S = 3600.0
 STORE_TIMEOUT_S = 12.0
+NOT_CONNECTED = -1
+"""Exit code of a worker that could not connect."""
 
 
 class Report(NamedTuple):
@@ -237,7 +239,7 @@ class World:
         try:
             code = worker.run()
         except TransportError:
-            code = -1  # it could not connect
+            code = NOT_CONNECTED
         self._exit(process, code)
 
     def _exit_now(self, code: int) -> None:
@@ -247,9 +249,10 @@ class World:
         self.kernel.note(f"exit {code}")
         (seat,) = (seat for seat in self.seats if seat.process is process)
         if self.closing:
-            as_told = code == EXIT_WARM or (code == EXIT_COLD and seat.told_cold)
+            # A request to connect that was made before the quiet period may still be refused in it.
+            as_told = code in (EXIT_WARM, NOT_CONNECTED) or (code == EXIT_COLD and seat.told_cold)
             self.audit.expect(as_told, "stop", f"{process.name} ended with {code} in the quiet period")
-            held = [h.entry.id for h in self.audit.holdings.values() if h.process is process]
+            held = [h.entry.id for h in self.audit.holdings.values() if h.process is process and not h.charged]
             self.audit.expect(not held, "G4", f"{process.name} stopped in order and left {held}")
         process.on_death()
         self.kernel.kill(process)
