@@ -8,21 +8,28 @@ INSTALLED := $(VENV)/.installed
 PYTEST_WORKERS ?= 4
 SEEDS ?= 50000
 
+# Where the figures of bench-brokers go, and where the chart finds them
+BROKERS_JSON ?= benchmarks/brokers.json
+
 PEERS := benchmarks/peers
-PEER_STAMPS := $(PEERS)/.venv-huey/.installed $(PEERS)/.venv-celery/.installed
+PEER_NAMES := celery dramatiq huey rq saq taskiq
+PEER_STAMPS := $(PEER_NAMES:%=$(PEERS)/.venv-%/.installed)
 
 # The steps of a target run in order, whatever -j says: `make test` must end with pytest's summary.
 .NOTPARALLEL:
-.PHONY: help install lint docs docs-generate docs-serve conformance wheel bench bench-smoke bench-peers unit test demo simulate clean
+.PHONY: help install lint docs docs-generate docs-serve conformance wheel bench bench-brokers bench-chart bench-peers bench-smoke servers unit test test-clusters test-matrix demo simulate clean
 
 help:
 	@echo "make test         all checks and tests, as CI runs them"
 	@echo "make demo         the demonstration: count the standard library's functions with two worker processes"
 	@echo "make lint         ruff, mypy, import-linter"
 	@echo "make unit         pytest alone"
+	@echo "make test-clusters  failover of a RabbitMQ cluster of three nodes"
+	@echo "make test-matrix  the tests that need servers, against RabbitMQ 4, Redis 8 and Valkey, as root"
 	@echo "make conformance  run the kits over our plugins, and write down what they prove"
 	@echo "make docs         build the documentation into site/ and check it"
 	@echo "make bench        all benchmarks, peers included"
+	@echo "make bench-brokers  dray against its peers on RabbitMQ and Redis; then make bench-chart draws it"
 	@echo "make simulate     50,000 seeds of the deterministic simulation (SEEDS=n)"
 	@echo "make clean        remove what was built, the environments included"
 
@@ -57,9 +64,22 @@ wheel: install
 
 bench-smoke: install
 	$(BIN)/python -m benchmarks --smoke
+	$(BIN)/python -m benchmarks brokers --smoke
 
 bench: install bench-peers
 	$(BIN)/python -m benchmarks
+
+# RabbitMQ and Redis, dray and its peers in turns, on a quiet machine: 12 minutes
+bench-brokers: install bench-peers
+	$(BIN)/python -m benchmarks brokers --json $(BROKERS_JSON)
+
+bench-chart: install benchmarks/.venv-chart/.installed
+	PYTHONPATH=benchmarks/.venv-chart/site $(BIN)/python -m benchmarks chart $(BROKERS_JSON)
+
+# Beside the environment, not in it: dray needs no matplotlib, nor do its developers
+benchmarks/.venv-chart/.installed: benchmarks/chart.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --target benchmarks/.venv-chart/site -r $<
+	@touch $@
 
 bench-peers: $(PEER_STAMPS)
 
@@ -75,7 +95,11 @@ conformance: install
 		tests/test_conformance_transports.py tests/test_conformance_backends.py \
 		tests/test_serializers.py tests/test_conformance_signed.py tests/test_compressors.py tests/test_pools.py
 
-unit: install
+# RabbitMQ and Redis for the tests, where they are missing and may be installed; the tests start their own
+servers:
+	sh scripts/install_servers.sh
+
+unit: install servers
 	$(BIN)/python -m pytest -n $(PYTEST_WORKERS)
 
 test: lint docs wheel bench-smoke unit
@@ -84,10 +108,17 @@ demo: install
 	$(BIN)/dray demo
 
 # Slow proofs, beside `make test`
+test-clusters: install servers
+	DRAY_TEST_CLUSTERS=1 $(BIN)/python -m pytest -n 2 $(wildcard tests/test_servers.py tests/test_*cluster*.py)
+
+# The tests that need servers, against newer ones from Debian (SERVERS="sid/rabbitmq trixie/valkey"); as root
+test-matrix: install
+	sh scripts/matrix.sh $(BIN)/python $(SERVERS)
+
 simulate: install
 	$(BIN)/python -m dray.testing.simulation --seeds $(SEEDS)
 
 clean:
-	rm -rf build dist site .mypy_cache .ruff_cache .import_linter_cache .hypothesis .pytest_cache $(PEERS)/.venv-*
+	rm -rf build dist site .mypy_cache .ruff_cache .import_linter_cache .hypothesis .pytest_cache $(PEERS)/.venv-* benchmarks/.venv-chart
 	rm -rf $(VENV)
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

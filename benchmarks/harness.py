@@ -28,7 +28,6 @@ class Bench:
     def __init__(self, config: str = "", results: bool = False) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="dray-bench-"))
         self.progress = self.folder / "progress"
-        self.progress.mkdir()
         backend = "backend: sqlite\n" if results else ""
         text = f"transport: sqlite\n{backend}imports: [benchmarks.tasks]\n{config}"
         (self.folder / "dray.yaml").write_text(text)

@@ -1,4 +1,4 @@
-"""``dray demo`` and ``dray bench`` on small input, with a real worker."""
+"""``dray demo`` on small input, with a real worker."""
 
 from __future__ import annotations
 
@@ -75,20 +75,6 @@ def test_survey_finds_the_longest_function(tmp_path: Path) -> None:
     assert found["longest"] == [3, "long", 3]
     assert (found["lines"], found["functions"], found["classes"]) == (7, 2, 1)
     assert survey(str(tmp_path / "absent.py"))["error"] == "FileNotFoundError"
-
-
-@pytest.mark.parametrize(
-    ("transport", "pool"),
-    [("sqlite", "prefork"), ("filesystem", "solo"), ("memory", "threads"), ("memory", "solo")],
-)
-def test_bench_measures(transport: str, pool: str) -> None:
-    result = run("bench", "--tasks", "200", "--transport", transport, "--pool", pool, "--json")
-    assert result.exit_code == 0, result.output
-    found = json.loads(result.stdout)
-    assert found["tasks"] >= 200
-    for name in ("delay_per_s", "send_many_per_s", "drain_per_s"):
-        assert 10 < found[name] < 5_000_000
-    assert 0 < found["round_trip_p50_ms"] <= found["round_trip_p99_ms"]
 
 
 def test_the_environment_does_not_change_the_demo(sources: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib
+import inspect
 import json
 import os
 import sys
@@ -11,11 +13,19 @@ import time
 WARM_UP = 20
 PATIENCE_S = 3
 
+loop = asyncio.new_event_loop()
+asyncio.set_event_loop(loop)
+
+
+def done(call: object) -> object:
+    """What a peer's function returned; a coroutine is run first."""
+    return loop.run_until_complete(call) if inspect.iscoroutine(call) else call
+
 
 def enqueue(peer, count: int) -> dict[str, float]:
-    peer.enqueue(1)  # opens the connection; counted among the tasks, not in the time
+    done(peer.enqueue(1))  # opens the connection; counted among the tasks, not in the time
     began = time.perf_counter()
-    peer.enqueue(count - 1)
+    done(peer.enqueue(count - 1))
     seconds = time.perf_counter() - began
     return {"rate": round((count - 1) / seconds, 1), "seconds": round(seconds, 3)}
 
@@ -26,7 +36,7 @@ def roundtrip(peer, count: int) -> dict[str, object]:
     for turn in range(WARM_UP + count):
         began = time.perf_counter()
         try:
-            peer.roundtrip(PATIENCE_S)
+            done(peer.roundtrip(PATIENCE_S))
         except Exception as error:  # noqa: BLE001 - each peer has its own kinds of timeout
             return {"took_ms": took, "lost": f"{type(error).__name__}: {error}"}
         if turn >= WARM_UP:
@@ -36,7 +46,11 @@ def roundtrip(peer, count: int) -> dict[str, object]:
 
 if __name__ == "__main__":
     name, measure, number = sys.argv[1], sys.argv[2], int(sys.argv[3])
+    name, _, variant = name.partition("-")
     module = importlib.import_module(f"{name}_peer")
-    figures = {"worker": module.WORKER} if measure == "worker" else globals()[measure](module, number)
+    if measure == "workers":
+        figures = {"workers": module.WORKERS[variant], "env": module.ENV}
+    else:
+        figures = globals()[measure](module, number)
     print(json.dumps(figures), flush=True)
     os._exit(0)  # a peer's helper threads must not hold up the measurement

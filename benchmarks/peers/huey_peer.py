@@ -1,20 +1,26 @@
-"""Huey on SQLite: the program that is measured."""
+"""Huey on SQLite or Redis: the program that is measured."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
-from huey import SqliteHuey
+from huey import RedisHuey, SqliteHuey
 from progress import Counter
 
 STORE = Path(os.environ["PEER_STORE"])
+BROKER = os.environ["PEER_BROKER"]
 RESULTS = os.environ["PEER_RESULTS"] == "1"
 
 # A consumer polls SQLite. Its default pause (0.1 s, growing to 10 s) would make every round trip a wait.
-WORKER = ["huey_consumer", "huey_peer.huey", "-k", "process", "-w", "2", "-d", "0.002", "-m", "0.002", "-n", "-q"]
+POLLING = [] if BROKER else ["-d", "0.002", "-m", "0.002"]
+WORKERS = {"": [["huey_consumer", "huey_peer.huey", "-k", "process", "-w", "2", *POLLING, "-n", "-q"]]}
+ENV: dict[str, str] = {}
 
-huey = SqliteHuey("peer", filename=str(STORE / "huey.db"), results=RESULTS)
+if BROKER:
+    huey = RedisHuey("peer", url=BROKER, results=RESULTS)
+else:
+    huey = SqliteHuey("peer", filename=str(STORE / "huey.db"), results=RESULTS)
 counter = Counter(STORE / "progress")
 
 

@@ -1,53 +1,21 @@
-"""Counts executed tasks across worker processes in shared memory, so that watching them costs the worker no I/O.
-
-Standard library only: the peers import it from environments in which dray is not installed.
-"""
+"""The counters of ``dray bench``, loaded from their file: the peers' environments have no dray."""
 
 from __future__ import annotations
 
-import mmap
-import os
+import importlib.util
 from pathlib import Path
+from types import ModuleType
 
-CELL_BYTES = 8
-
-
-class Counter:
-    """The worker's side: one small mapped file for each process, opened at its first task (again after a fork)."""
-
-    def __init__(self, folder: str | Path) -> None:
-        self._folder = Path(folder)
-        self._cell: memoryview | None = None
-        os.register_at_fork(after_in_child=self._forget)
-
-    def _forget(self) -> None:
-        self._cell = None
-
-    def _open(self) -> memoryview:
-        with open(self._folder / str(os.getpid()), "w+b") as file:
-            file.truncate(CELL_BYTES)
-            self._cell = memoryview(mmap.mmap(file.fileno(), CELL_BYTES)).cast("Q")
-        return self._cell
-
-    def tick(self) -> None:
-        cell = self._cell or self._open()
-        cell[0] += 1
+WHEEL = Path(__file__).resolve().parents[2] / "dray" / "cli"
 
 
-class Reader:
-    """The observer's side: the sum over all processes, those that have died included."""
+def load(name: str) -> ModuleType:
+    """A module of dray's command line that imports nothing of dray itself."""
+    spec = importlib.util.spec_from_file_location(name, WHEEL / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
-    def __init__(self, folder: str | Path) -> None:
-        self._folder = Path(folder)
-        self._cells: dict[str, memoryview] = {}
 
-    def total(self) -> int:
-        for name in os.listdir(self._folder):
-            if name not in self._cells:
-                self._map(name)
-        return sum(cell[0] for cell in self._cells.values())
-
-    def _map(self, name: str) -> None:
-        with open(self._folder / name, "r+b") as file:
-            if os.fstat(file.fileno()).st_size == CELL_BYTES:  # else it is just being made: next time
-                self._cells[name] = memoryview(mmap.mmap(file.fileno(), CELL_BYTES)).cast("Q")
+bench_progress = load("bench_progress")
+Counter, Reader = bench_progress.Counter, bench_progress.Reader

@@ -119,7 +119,8 @@ def _count(app: Dray, queue: str | None) -> int | None:
     if not isinstance(transport, Inspectable):
         return None
     stats = transport.stats([queue] if queue is not None else transport.queues())
-    return sum(found.dead for found in stats.values())
+    counts = [found.dead for found in stats.values()]
+    return None if None in counts else sum(count or 0 for count in counts)
 
 
 def _each(

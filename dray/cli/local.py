@@ -25,15 +25,19 @@ STOP_S = 30.0
 LOG_LINES = 15
 
 
-@contextlib.contextmanager
-def folder(transport: str, pool: str, size: int | None) -> Iterator[Path]:
-    """A temporary folder with a ``dray.yaml`` in it; the environment's settings don't count meanwhile."""
+def folder(transport: str, pool: str, size: int | None) -> contextlib.AbstractContextManager[Path]:
+    """A temporary folder with a ``dray.yaml`` in it: one plugin is the transport and keeps the results."""
     options = "" if size is None else f", size: {size}"
+    return configured(CONFIG.format(transport=transport, pool=pool, options=options))
+
+
+@contextlib.contextmanager
+def configured(config: str) -> Iterator[Path]:
+    """A temporary folder with this ``dray.yaml`` in it; the environment's settings don't count meanwhile."""
     settings = {name: os.environ.pop(name) for name in list(os.environ) if name.startswith("DRAY_")}
     try:
         with tempfile.TemporaryDirectory(prefix="dray-") as name:
-            path = Path(name) / "dray.yaml"
-            path.write_text(CONFIG.format(transport=transport, pool=pool, options=options), encoding="utf-8")
+            (Path(name) / "dray.yaml").write_text(config, encoding="utf-8")
             yield Path(name)
     finally:
         os.environ.update(settings)
@@ -47,8 +51,9 @@ def caller(folder: Path) -> Dray:
 class LocalWorker:
     """A ``dray worker`` process over a folder of :func:`folder`: a context manager. It never outlives this process."""
 
-    def __init__(self, folder: Path, target: str) -> None:
-        self._command = [sys.executable, "-m", "dray", "worker", target, "--config", str(folder / "dray.yaml")]
+    def __init__(self, folder: Path, target: str, *options: str) -> None:
+        config = str(folder / "dray.yaml")
+        self._command = [sys.executable, "-m", "dray", "worker", target, "--config", config, *options]
         self._log = folder / "worker.log"
         self._folder = folder
         self._process: subprocess.Popen[bytes] | None = None

@@ -19,7 +19,7 @@ def queues_command(json_: bool, target: str | None, config: str | None) -> None:
     """Show how full the queues are.
 
     ready: may be taken now; leased: with a worker; delayed: not due yet; dead: set aside (see 'dray dead'); oldest: how
-    long the oldest ready message has waited.
+    long the oldest ready message has waited. A dash: the transport cannot tell.
     """
     with find_app(target, config, tasks=target is not None) as app:
         transport = inspectable(app.transport)
@@ -47,9 +47,10 @@ def purge_command(queue: str, yes: bool, target: str | None, config: str | None)
         if queue not in known:
             raise Mistake(f"no queue {queue!r}{suggest(queue, known)}")
         stats = transport.stats([queue])[queue]
-        waiting = stats.ready + stats.delayed
-        if waiting and not yes:
-            click.confirm(f"Delete {waiting:,} waiting messages of {queue!r} for ever?", abort=True, err=True)
+        waiting = stats.ready + (stats.delayed or 0)
+        if (waiting or stats.delayed is None) and not yes:
+            delayed = " and all delayed ones" if stats.delayed is None else ""
+            click.confirm(f"Delete {waiting:,} waiting messages{delayed} of {queue!r} for ever?", abort=True, err=True)
         click.echo(f"{transport.purge(queue):,} messages deleted from {queue!r}")
 
 
