@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from concurrent.futures import ThreadPoolExecutor
 
-from dray.core.clock import TimeOrderedIds
+from dray.core.clock import AddressedIds, TimeOrderedIds
 
 
 def test_ids_are_unique_and_in_order_of_time() -> None:
@@ -37,3 +37,11 @@ def test_a_forked_child_draws_its_own() -> None:
     os.waitpid(pid, 0)
     assert len(childs) == 50
     assert childs.isdisjoint({ids.new()[12:] for _ in range(300)})
+
+
+def test_ids_can_end_with_the_address_of_their_maker() -> None:
+    ids = AddressedIds(TimeOrderedIds(), "a1")
+    first, second = ids.new(), ids.new()
+    assert first != second
+    assert first.endswith(".a1")
+    assert first.count(".") == 1

@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeVar, overload
 
-from dray.core.clock import Clock, Ids, Random, SystemClock, TimeOrderedIds
+from dray.core.clock import AddressedIds, Clock, Ids, Random, SystemClock, TimeOrderedIds
 from dray.core.errors import ConfigError, NotSupported
 from dray.core.failure import SafeErrors
 from dray.core.faults import Faults
@@ -208,6 +208,8 @@ class Dray:
             if self._opened is None:
                 connections.transport.open()
                 connections.backend.open()
+                if address := connections.backend.address():
+                    connections.client.use_ids(AddressedIds(self.ids, address))
                 self._opened = connections
             return connections
 

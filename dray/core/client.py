@@ -57,6 +57,10 @@ class Client:
         self._result_expires_s = result_expires_s
         self._plain: dict[Task[..., Any], tuple[str, Mapping[str, str], int]] = {}
 
+    def use_ids(self, ids: Ids) -> None:
+        """Take new ids from there from now on."""
+        self._new_id = ids.new
+
     def send(
         self, task: Task[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], options: CallOptions
     ) -> AsyncResult[Any]:

@@ -65,6 +65,17 @@ class TimeOrderedIds:
         return f"{int(_time.time() * 1000):012x}{drawn}"
 
 
+class AddressedIds:
+    """Ids that end with the address of the process that makes them: a result back end finds the way back by it."""
+
+    def __init__(self, ids: Ids, address: str) -> None:
+        self._new = ids.new
+        self._suffix = f".{address}"
+
+    def new(self) -> str:
+        return self._new() + self._suffix
+
+
 DRAWN = 256
 """Ids whose randomness is drawn at once."""
 

@@ -116,6 +116,8 @@ class TransportFeatures:
     """The broker pushes: ``buffer`` matters."""
     shared: bool = True
     """Other processes reach the same queues (False: memory)."""
+    hastens: bool = False
+    """Can make delayed messages of buried ids due at once (:class:`Tombstones`)."""
 
 
 class Transport(Plugin, ABC):
@@ -245,7 +247,7 @@ class Tombstones(Protocol):
         """Remember each id with its mark (short text) until ``expires_at``.
 
         ``hasten``: also make delayed messages of these ids due now, so that a worker settles them soon instead of when
-        their time comes. May look through whole queues.
+        their time comes; ignored where the features do not declare it. May look through whole queues.
         """
         ...
 
@@ -297,6 +299,14 @@ class ResultBackend(Plugin, ABC):
     def open(self) -> None:
         """Connect and probe. Idempotent. Raises ``Unavailable``."""
         return
+
+    def address(self) -> str:
+        """What the ids that this process makes end with, so that results find the way back here; ``""``: no need.
+
+        At most 32 characters that an id may hold. Asked after :meth:`open`. The core puts a dot in front of it; ids that
+        were given by hand have none.
+        """
+        return ""
 
     @abstractmethod
     def store(self, results: Sequence[StoredResult]) -> None:

@@ -56,6 +56,7 @@ class FilesystemTransport(Transport):
         dead_letter=True,
         release=True,
         max_body_bytes=2**24,
+        hastens=True,
     )
 
     @dataclass(frozen=True, slots=True)

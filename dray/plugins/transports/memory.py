@@ -46,6 +46,7 @@ class MemoryTransport(Transport):
         release=True,
         max_body_bytes=2**24,
         shared=False,
+        hastens=True,
     )
 
     def __init__(self, options: MemoryOptions, context: PluginContext, store: MemoryStore | None = None) -> None:

@@ -41,6 +41,7 @@ class RedisTransport(Transport):
         dead_letter=True,
         release=True,
         max_body_bytes=MAX_BODY_BYTES,
+        hastens=True,
     )
 
     @dataclass(frozen=True, slots=True)

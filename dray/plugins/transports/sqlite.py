@@ -73,6 +73,7 @@ class SqliteTransport(Transport):
         dead_letter=True,
         release=True,
         max_body_bytes=MAX_BODY_BYTES,
+        hastens=True,
     )
 
     @dataclass(frozen=True, slots=True)
