@@ -600,6 +600,30 @@ def test_a_running_task_knows_its_call() -> None:
         current()
 
 
+def test_what_a_task_knows_of_itself_is_one_thing_for_the_whole_run_and_its_deadline_stands() -> None:
+    seen = []
+
+    def look() -> None:
+        bench.clock.advance(3)
+        first = current()
+        bench.clock.advance(3)
+        seen.append((first is current(), first.deadline))
+
+    bench = Bench(look)
+    began = bench.clock.time()
+    bench.run("look", headers={"hard": "30"})
+    assert seen == [(True, began + 30)]
+
+
+def test_what_one_call_asks_for_does_not_become_usual_for_its_task() -> None:
+    bench = Bench()
+    bench.add(add, soft_time_limit=5)
+    for headers in ({}, {"soft": "7", "ignore": "1"}, {}):
+        outcome = bench.run("add", 1, headers=headers)
+        assert (outcome.result is None) == bool(headers)
+    assert [soft for _, soft, _ in bench.slot.began] == [5, 7, 5]
+
+
 def test_frames_between_the_slot_and_the_function_are_three_at_most() -> None:
     def depth() -> int:
         frame, count = sys._getframe(1), 0

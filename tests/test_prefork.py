@@ -18,15 +18,27 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from dray.core.contracts import Slot
 from dray.core.errors import ConfigError, DrayError
-from dray.core.message import Action, Delivery, Outcome, Outgoing, Settlement, State, StoredResult
+from dray.core.message import Action, Delivery, Outcome, Outgoing, Settlement, State, StoredResult, acknowledged
 from dray.plugins._prefork_child import ChildLoop, Retirement
 from dray.plugins._prefork_crew import describe_exit
-from dray.plugins._prefork_frames import DRY, OUTCOMES, READY, TOKENS, FrameReader, frame, pack_items, records
+from dray.plugins._prefork_frames import (
+    DRY,
+    OUTCOMES,
+    READY,
+    TOKENS,
+    FrameReader,
+    frame,
+    pack_items,
+    pack_outcome,
+    records,
+    unpack_outcome,
+)
 from dray.plugins._prefork_memory import SlotMemory, shared_memory
 from dray.plugins._prefork_server import _COORDINATED
 from dray.plugins.pools.prefork import PreforkOptions, PreforkPool
@@ -291,6 +303,36 @@ def test_a_child_without_tokens_begins_nothing_and_drops_the_whole_generation() 
     here.close()
     os.close(token_write)
     executor.close()
+
+
+class Text(str):
+    """What ``marshal`` refuses."""
+
+
+@pytest.mark.parametrize(
+    "rest",
+    [
+        ((Action.ACK, (), "why"), None),
+        ((Action.DEAD, (), Text("why")), None),
+        ((Action.ACK, (), None), StoredResult("d", State.SUCCESS, b"value", None)),
+        ((Action.ACK, (), None), StoredResult(Text("d"), State.RETRY, b"value", 2.5)),
+        ((Action.ACK, (Outgoing("q", "d", b"body", {"task": "t"}, 9, 1.5, 2.5),), None), None),
+        ((Action.ACK, (Outgoing("q", Text("d"), b"body", {"task": Text("t")}),), None), None),
+    ],
+)
+def test_an_outcome_is_the_same_in_parent_and_child(rest: tuple[tuple[Any, ...], StoredResult | None]) -> None:
+    delivery = make_delivery("d")
+    outcome = Outcome(Settlement(delivery, *rest[0]), rest[1])
+    packed = pack_outcome(outcome)
+    assert packed
+    assert unpack_outcome(delivery, packed) == outcome
+
+
+def test_a_plain_acknowledgement_takes_no_bytes() -> None:
+    outcome = acknowledged(make_delivery("d"))
+    assert outcome == Outcome(Settlement(outcome.settlement.delivery, Action.ACK), None)
+    assert (type(outcome), type(outcome.settlement)) == (Outcome, Settlement)
+    assert pack_outcome(outcome) == b""
 
 
 # --- who waits for whom

@@ -61,6 +61,16 @@ def test_broken_header_blocks_say_what_is_wrong(block: bytes, says: str) -> None
         wire.unpack_headers(block)
 
 
+def test_equal_blocks_are_read_once_unless_they_are_long_and_errors_are_not_remembered() -> None:
+    block, long = wire.pack_headers({"task": "t", "type": "json"}), wire.pack_headers({"x-note": "n" * 300})
+    assert wire.unpack_headers(block) is wire.unpack_headers(bytes(bytearray(block)))
+    assert wire.unpack_headers(long) == wire.unpack_headers(long)
+    assert wire.unpack_headers(long) is not wire.unpack_headers(long)
+    for _ in range(2):
+        with pytest.raises(EncodeError, match="NUL"):
+            wire.pack_headers({"task": "t", "type": "\0"})
+
+
 def test_another_version_of_the_frame_is_named() -> None:
     with pytest.raises(DecodeError, match="newer version"):
         wire.unpack(b"D\x02" + FRAME[2:])

@@ -444,6 +444,16 @@ def test_it_takes_as_many_as_it_has_slots_and_then_waits_for_room() -> None:
     assert steps.intake.held == 3
 
 
+def test_nobody_is_woken_while_there_is_no_room() -> None:
+    steps = Steps()
+    steps.send("a", "b", "c", "d")
+    assert steps.step()
+    steps.intake.look()
+    assert not steps.intake.room.is_set()
+    steps.intake.returned(1)
+    assert steps.intake.room.is_set()
+
+
 def test_a_message_that_was_handed_out_too_often_is_dead_by_its_queue_s_limit() -> None:
     steps = Steps()
     steps.send("a")

@@ -303,8 +303,8 @@ class ResultBackend(Plugin, ABC):
     def address(self) -> str:
         """What the ids that this process makes end with, so that results find the way back here; ``""``: no need.
 
-        At most 32 characters that an id may hold. Asked after :meth:`open`. The core puts a dot in front of it; ids that
-        were given by hand have none.
+        At most 32 characters that an id may hold. Asked after :meth:`open`. The core puts a dot in front of it; ids
+        that were given by hand have none.
         """
         return ""
 

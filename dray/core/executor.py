@@ -27,9 +27,9 @@ from dray.core.errors import (
 from dray.core.failure import brief, error_record, one_line
 from dray.core.faults import Faults
 from dray.core.hooks import Hooks
-from dray.core.message import Action, Delivery, Outcome, Settlement, State, StoredResult
+from dray.core.message import Action, Delivery, Outcome, Settlement, State, StoredResult, acknowledged
 from dray.core.registry import Registry
-from dray.core.request import Request, current_request
+from dray.core.request import Request, current_run
 from dray.core.retry import Policy
 from dray.core.task import Task, check_id, check_name
 
@@ -54,12 +54,9 @@ class Settings(NamedTuple):
     ignore_result: bool = False
 
 
-class _Call(NamedTuple):
-    """A call that may be run."""
+class _Terms(NamedTuple):
+    """On what terms a call is run: what the configuration, the task and the message's headers say together."""
 
-    task: Task[..., Any]
-    args: Any
-    kwargs: Mapping[str, Any]
     retries: int
     policy: Policy | None
     soft_s: float | None
@@ -67,8 +64,6 @@ class _Call(NamedTuple):
     result_s: float | None
     """How long the result is kept; None: not at all."""
     track: bool
-    began: float
-    """When it was understood, monotonic seconds."""
 
 
 class TaskExecutor:
@@ -92,18 +87,19 @@ class TaskExecutor:
         self._codec = codec
         self._settings = settings
         self._hooks = hooks
-        self._clock = clock
+        self.clock = clock
         self._random = random
         self._faults = faults
         self._none = codec.encode_result("", None) if codec.signer is None else None
         self._loops = threading.local()
+        self._usual: dict[Task[..., Any], _Terms] = {}
 
     # --- the contract --------------------------------------------------------------------------------------
 
     def run(self, delivery: Delivery, slot: Slot) -> Outcome:
         """The outcome of running it."""
         try:
-            call = self._understand(delivery)
+            call = self._understand(delivery, slot)
         except CodecError as error:
             return self._dead(delivery, error)
         except Exception as error:
@@ -111,24 +107,27 @@ class TaskExecutor:
             return self._dead(delivery, error)
         if isinstance(call, Outcome):
             return call
-        token = current_request.set(self._request(delivery, call, slot))
+        task, terms = call.task, call.terms
+        token = current_run.set(call)
         try:
-            if call.track:
-                slot.report(self._result(delivery.id, State.STARTED, None, call.result_s or 0.0))
+            if self._hooks.task_started is not None:
+                self._hooks.task_started(**_about(call), headers=call.request.headers)
+            if terms.track:
+                slot.report(self.result(delivery.id, State.STARTED, None, terms.result_s or 0.0))
             if self._faults is not None:
                 self._faults.hit("running")
             try:
-                slot.begin(call.task.name, call.soft_s, call.hard_s)
-                value = call.task.fn(*call.args, **call.kwargs)
-                if call.task.is_async:
+                slot.begin(task.name, terms.soft_s, terms.hard_s)
+                value = task.fn(*call.args, **call.kwargs)
+                if task.is_async:
                     value = self._run_coroutine(value)
             finally:
                 slot.end()
-            return self._succeeded(delivery, call, value)
+            return self._succeeded(call, value)
         except BaseException as error:
-            return self._raised(delivery, call, error)
+            return self._raised(call, error)
         finally:
-            current_request.reset(token)
+            current_run.reset(token)
 
     def lost(self, delivery: Delivery, error: Exception) -> Outcome:
         """The outcome of a run that the pool had to end, or whose process died."""
@@ -142,10 +141,10 @@ class TaskExecutor:
                     again = self._codec.resend(delivery, {"crashes": str(crashes)})
                     return Outcome(Settlement(delivery, Action.ACK, (again,)), None)
                 return self._dead(delivery, WorkerLost(f"poison: it killed its process {crashes} times; last: {error}"))
-            call = self._understand(delivery)
+            call = self._understand(delivery, None)
         except Exception as problem:
             return self._dead(delivery, problem)
-        return call if isinstance(call, Outcome) else self._raised(delivery, call, error)
+        return call if isinstance(call, Outcome) else self._raised(call, error)
 
     def revoked(self, delivery: Delivery) -> Outcome:
         """The outcome of a delivery that was revoked: never run."""
@@ -153,14 +152,14 @@ class TaskExecutor:
         try:
             result_s = self._keeps(delivery.headers, self._registry.get(delivery.headers.get("task", "")))
             if result_s is not None:
-                result = self._result(delivery.id, State.REVOKED, None, result_s)
+                result = self.result(delivery.id, State.REVOKED, None, result_s)
         except CodecError as error:  # bad headers, or no key to sign the result with
             log.warning("task %s was revoked; its result cannot be kept: %s", one_line(delivery.id), error)
-        return Outcome(Settlement(delivery, Action.ACK), result)
+        return acknowledged(delivery, result)
 
     def replayed(self, delivery: Delivery) -> Outcome:
         """The outcome of a copy of a message that has ended before: removed, its result left as it is."""
-        return Outcome(Settlement(delivery, Action.ACK), None)
+        return acknowledged(delivery)
 
     def undeliverable(self, delivery: Delivery, reason: str) -> Outcome:
         """The outcome of a delivery that must not be tried again: a dead letter with this reason."""
@@ -172,17 +171,17 @@ class TaskExecutor:
 
     # --- before the function -------------------------------------------------------------------------------
 
-    def _understand(self, delivery: Delivery) -> _Call | Outcome:
+    def _understand(self, delivery: Delivery, slot: Slot | None) -> _Call | Outcome:
         """What to run; or the outcome of a message that is not to be run (now). Raises ``CodecError``."""
         headers = delivery.headers
         args, kwargs = self._codec.decode_call(delivery)
         task = self._registry.get(headers.get("task", ""))
         if task is None:
             return self._unknown(delivery)
-        plain = len(headers) == 2  # only "task" and "type": nothing overrides the task's own options
+        plain = len(headers) == 2  # only "task" and "type": nothing overrides what is usual for the task
         if not plain:
             expires = float_header(headers, "expires")
-            if expires is not None and expires <= self._clock.time():
+            if expires is not None and expires <= self.clock.time():
                 return self._expired(delivery, task, expires)
         try:
             if task.validator is not None:
@@ -191,25 +190,28 @@ class TaskExecutor:
                 task.bind(args, kwargs)  # type: ignore[arg-type]
         except InvalidArguments as error:
             return self._dead(delivery, error)
+        terms = self._usual.get(task) if plain else None
+        if terms is None:
+            terms = self._terms(task, headers)
+            if plain:
+                self._usual[task] = terms
+        return _Call(self, delivery, slot, task, args, kwargs, terms)
+
+    def _terms(self, task: Task[..., Any], headers: Mapping[str, str]) -> _Terms:
         options, settings = task.task_options, self._settings
-        soft = options.soft_time_limit or settings.soft_time_limit
-        hard = options.time_limit or settings.time_limit
-        track = settings.track_started if options.track_started is None else options.track_started
-        policy, retries = task.policy, 0
-        if not plain:
-            soft = float_header(headers, "soft") or soft
-            hard = float_header(headers, "hard") or hard
-            retries = int_header(headers, "attempt", 0)
-            track = headers["track"] == "1" if "track" in headers else track
-            policy = Policy.loads(headers["retry"]) if "retry" in headers else policy
+        soft = float_header(headers, "soft") or options.soft_time_limit or settings.soft_time_limit
+        hard = float_header(headers, "hard") or options.time_limit or settings.time_limit
         if hard is not None and not settings.can_kill:
             soft = hard if soft is None else min(soft, hard)
+        retries = int_header(headers, "attempt", 0)
+        policy = Policy.loads(headers["retry"]) if "retry" in headers else task.policy
+        track = settings.track_started if options.track_started is None else options.track_started
+        track = headers["track"] == "1" if "track" in headers else track
         result_s = self._keeps(headers, task)
-        track = track and result_s is not None
-        return _Call(task, args, kwargs, retries, policy, soft, hard, result_s, track, self._clock.monotonic())
+        return _Terms(retries, policy, soft, hard, result_s, track and result_s is not None)
 
     def _unknown(self, delivery: Delivery) -> Outcome:
-        name, now = delivery.headers.get("task", ""), self._clock.time()
+        name, now = delivery.headers.get("task", ""), self.clock.time()
         since = float_header(delivery.headers, "since")
         since = now if since is None or since > now else since  # a time to come would make it wait for ever
         check_name_of(delivery)
@@ -220,13 +222,11 @@ class TaskExecutor:
         return self._dead(delivery, DecodeError(f"unknown task {name!r}{self._registry.hint(name)}"))
 
     def _expired(self, delivery: Delivery, task: Task[..., Any], expires: float) -> Outcome:
-        error = TaskExpired(f"task {delivery.id} expired {self._clock.time() - expires:.1f} s before it could start")
+        error = TaskExpired(f"task {delivery.id} expired {self.clock.time() - expires:.1f} s before it could start")
         result_s = self._keeps(delivery.headers, task)
         if result_s is None:
             return self._dead(delivery, error)
-        return Outcome(
-            Settlement(delivery, Action.ACK), self._error_result(delivery.id, State.FAILURE, error, result_s)
-        )
+        return acknowledged(delivery, self._error_result(delivery.id, State.FAILURE, error, result_s))
 
     def _keeps(self, headers: Mapping[str, str], task: Task[..., Any] | None) -> float | None:
         settings = self._settings
@@ -241,19 +241,6 @@ class TaskExecutor:
                 expires = given if isinstance(given, (int, float)) else given.total_seconds()
         ignore = headers["ignore"] == "1" if "ignore" in headers else ignore
         return None if ignore else float_header(headers, "rexp") or expires
-
-    def _request(self, delivery: Delivery, call: _Call, slot: Slot) -> Request:
-        headers = delivery.headers
-        user = {k[2:]: v for k, v in headers.items() if k.startswith("x-")} if len(headers) > 2 else {}
-        deadline = None if call.hard_s is None else self._clock.time() + call.hard_s
-        report = _Progress(self, delivery.id, slot, call.result_s)
-        if self._hooks.task_started is not None:
-            self._hooks.task_started(
-                task=call.task.name, id=delivery.id, queue=delivery.queue, attempt=call.retries, headers=user
-            )
-        return Request(
-            delivery.id, call.task.name, delivery.queue, call.retries, delivery.delivery_count, deadline, user, report
-        )
 
     # --- the function --------------------------------------------------------------------------------------
 
@@ -280,12 +267,12 @@ class TaskExecutor:
 
     # --- after the function --------------------------------------------------------------------------------
 
-    def _succeeded(self, delivery: Delivery, call: _Call, value: Any) -> Outcome:
+    def _succeeded(self, call: _Call, value: Any) -> Outcome:
         if call.task.validator is not None:
             value = call.task.validator.dump_return(value)
-        result = None
-        if call.result_s is not None:
-            result = self._result(delivery.id, State.SUCCESS, value, call.result_s)
+        result, keep_s = None, call.terms.result_s
+        if keep_s is not None:
+            result = self.result(call.delivery.id, State.SUCCESS, value, keep_s)
             if len(result.body) > self._settings.result_max_bytes:
                 raise TooLarge(
                     f"the result of {call.task.name} is {len(result.body)} bytes, the result back end takes "
@@ -294,38 +281,41 @@ class TaskExecutor:
         if self._faults is not None:
             self._faults.hit("encoded")
         if self._hooks.task_succeeded is not None:
-            self._hooks.task_succeeded(**_about(delivery, call), duration_s=self._clock.monotonic() - call.began)
-        return Outcome(Settlement(delivery, Action.ACK), result)
+            self._hooks.task_succeeded(**_about(call), duration_s=self.clock.monotonic() - call.began)
+        return acknowledged(call.delivery, result)
 
-    def _raised(self, delivery: Delivery, call: _Call, error: BaseException) -> Outcome:
+    def _raised(self, call: _Call, error: BaseException) -> Outcome:
+        terms = call.terms
         if isinstance(error, SoftTimeLimitExceeded) and not error.args:  # raised into a thread, which gives it no text
-            error.args = (f"the soft time limit of {call.soft_s:g} s of {call.task.name} is over",)
+            error.args = (f"the soft time limit of {terms.soft_s:g} s of {call.task.name} is over",)
         try:
             hopeless = isinstance(error, (CodecError, TooLarge))  # the same value would come out again
-            delay_s = None if hopeless else retry.decide(call.policy, call.retries, error, self._random)
+            delay_s = None if hopeless else retry.decide(terms.policy, terms.retries, error, self._random)
             if delay_s is not None:
-                return self._again(delivery, call, error, delay_s)
+                return self._again(call, error, delay_s)
         except BaseException as problem:  # the user's wait function, or no key to sign the retry with
-            log.exception("task %s: its retry could not be decided", delivery.id)
+            log.exception("task %s: its retry could not be decided", call.delivery.id)
             problem.__context__ = error
             error = problem
         if self._hooks.task_failed is not None:
-            duration_s = self._clock.monotonic() - call.began
-            self._hooks.task_failed(**_about(delivery, call), duration_s=duration_s, error=error)
-        return self._dead(delivery, error, call.result_s)
+            duration_s = self.clock.monotonic() - call.began
+            self._hooks.task_failed(**_about(call), duration_s=duration_s, error=error)
+        return self._dead(call.delivery, error, terms.result_s)
 
-    def _again(self, delivery: Delivery, call: _Call, error: BaseException, delay_s: float) -> Outcome:
-        not_before = self._clock.time() + delay_s if delay_s > 0 else None
-        again = self._codec.resend(delivery, {"attempt": str(call.retries + 1)}, not_before)
+    def _again(self, call: _Call, error: BaseException, delay_s: float) -> Outcome:
+        delivery, terms = call.delivery, call.terms
+        not_before = self.clock.time() + delay_s if delay_s > 0 else None
+        again = self._codec.resend(delivery, {"attempt": str(terms.retries + 1)}, not_before)
         if self._hooks.task_retried is not None:
-            duration_s = self._clock.monotonic() - call.began
-            self._hooks.task_retried(**_about(delivery, call), duration_s=duration_s, delay_s=delay_s, error=error)
+            duration_s = self.clock.monotonic() - call.began
+            self._hooks.task_retried(**_about(call), duration_s=duration_s, delay_s=delay_s, error=error)
         result = None
-        if call.result_s is not None:
-            result = self._error_result(delivery.id, State.RETRY, error, call.result_s + delay_s)
+        if terms.result_s is not None:
+            result = self._error_result(delivery.id, State.RETRY, error, terms.result_s + delay_s)
         log.info(
-            "task %s (%s): retry %d in %.1f s: %s", delivery.id, call.task.name, call.retries + 1, delay_s, brief(error)
-        )
+            "task %s (%s): retry %d in %.1f s: %s",
+            delivery.id, call.task.name, terms.retries + 1, delay_s, brief(error),
+        )  # fmt: skip
         return Outcome(Settlement(delivery, Action.ACK, (again,)), result)
 
     def _dead(self, delivery: Delivery, error: BaseException, result_s: float | None = -1.0) -> Outcome:
@@ -347,20 +337,21 @@ class TaskExecutor:
         log.error("task %s (%s) is dead: %s%s", one_line(delivery.id), one_line(name), reason, trace)
         return Outcome(Settlement(delivery, Action.DEAD, (), reason), result)
 
-    def _result(self, task_id: str, state: State, value: Any, keep_s: float) -> StoredResult:
+    def result(self, task_id: str, state: State, value: Any, keep_s: float) -> StoredResult:
+        """What is stored of a task. Raises ``CodecError``."""
         body = self._none if value is None else None
         if body is None:
             body = self._codec.encode_result(task_id, value, state)
-        return StoredResult(task_id, state, body, self._clock.time() + keep_s)
+        return StoredResult(task_id, state, body, self.clock.time() + keep_s)
 
     def _error_result(self, task_id: str, state: State, error: BaseException, keep_s: float) -> StoredResult:
         record = error_record(error)
         try:
-            result = self._result(task_id, state, record, keep_s)
+            result = self.result(task_id, state, record, keep_s)
         except CodecError:  # arguments of the exception that are not plain data
-            result = self._result(task_id, state, {**record, "args": None}, keep_s)
+            result = self.result(task_id, state, {**record, "args": None}, keep_s)
         if len(result.body) > self._settings.result_max_bytes:
-            result = self._result(task_id, state, {**record, "args": None, "message": record["message"][:1000]}, keep_s)
+            result = self.result(task_id, state, {**record, "args": None, "message": record["message"][:1000]}, keep_s)
         return result
 
 
@@ -374,26 +365,53 @@ class _OwnLoop:
         self.loop.close()
 
 
-class _Progress:
-    """Reports a running task's progress, at most ten times a second."""
+class _Call:
+    """A call that is understood and may be run; in the task's context while it does."""
 
-    __slots__ = ("_executor", "_id", "_last_s", "_result_s", "_slot")
+    _request: Request | None = None
+    _reported_s = 0.0
 
-    def __init__(self, executor: TaskExecutor, task_id: str, slot: Slot, result_s: float | None) -> None:
+    def __init__(
+        self,
+        executor: TaskExecutor,
+        delivery: Delivery,
+        slot: Slot | None,
+        task: Task[..., Any],
+        args: Any,
+        kwargs: Mapping[str, Any],
+        terms: _Terms,
+    ) -> None:
         self._executor = executor
-        self._id = task_id
+        self.delivery = delivery
         self._slot = slot
-        self._result_s = result_s
-        self._last_s = 0.0
+        self.task = task
+        self.args = args
+        self.kwargs = kwargs
+        self.terms = terms
+        self.began = executor.clock.monotonic()
+        """When it was understood, monotonic seconds."""
 
-    def __call__(self, note: Mapping[str, Any]) -> None:
-        if self._result_s is None:
+    @property
+    def request(self) -> Request:
+        """What the task can know of itself."""
+        if self._request is None:
+            (queue, key, _, headers, _, count, _), terms = self.delivery, self.terms
+            user = {name[2:]: value for name, value in headers.items() if name.startswith("x-")}
+            deadline, clock = None, self._executor.clock
+            if terms.hard_s is not None:
+                deadline = clock.time() + terms.hard_s - (clock.monotonic() - self.began)
+            self._request = Request(key, self.task.name, queue, terms.retries, count, deadline, user, self._report)
+        return self._request
+
+    def _report(self, note: Mapping[str, Any]) -> None:
+        """Progress; ten times a second at most."""
+        keep_s, now = self.terms.result_s, self._executor.clock.monotonic()
+        if keep_s is None or self._slot is None:
             return
-        now = self._executor._clock.monotonic()  # noqa: SLF001
-        if now - self._last_s < 0.1 and note["done"] != note["total"]:
+        if now - self._reported_s < 0.1 and note["done"] != note["total"]:
             return
-        self._last_s = now
-        self._slot.report(self._executor._result(self._id, State.STARTED, note, self._result_s))  # noqa: SLF001
+        self._reported_s = now
+        self._slot.report(self._executor.result(self.delivery.id, State.STARTED, note, keep_s))
 
 
 def check_name_of(delivery: Delivery) -> None:
@@ -405,8 +423,9 @@ def check_name_of(delivery: Delivery) -> None:
         raise DecodeError(str(error)) from None
 
 
-def _about(delivery: Delivery, call: _Call) -> dict[str, Any]:
-    return {"task": call.task.name, "id": delivery.id, "queue": delivery.queue, "attempt": call.retries}
+def _about(call: _Call) -> dict[str, Any]:
+    delivery = call.delivery
+    return {"task": call.task.name, "id": delivery.id, "queue": delivery.queue, "attempt": call.terms.retries}
 
 
 def attempt_of(delivery: Delivery) -> int:

@@ -34,6 +34,8 @@ class Fallback:
             and features.priorities == 10
         )
         """True: nothing is emulated, and nothing below need be called."""
+        self.rearms = features.max_delay_s != float("inf")
+        """True: messages may come before their time, and :meth:`early` is to be asked."""
 
     def outgoing(self, message: Outgoing) -> Outgoing:
         """The message as this transport can keep it. Raises ``NotSupported`` for a delay it cannot keep at all."""
@@ -60,6 +62,8 @@ class Fallback:
         if self.native:
             return settlement
         delivery, action, then, reason = settlement
+        if action is Action.ACK and not then:
+            return settlement
         if action is Action.DEAD and not self._features.dead_letter:
             headers = {**delivery.headers, "x-dead-reason": (reason or "")[:500], "x-dead-queue": delivery.queue}
             letter = Outgoing(delivery.queue + DEAD_SUFFIX, delivery.id, delivery.body, headers)
@@ -70,7 +74,7 @@ class Fallback:
 
     def early(self, delivery: Delivery) -> Settlement | None:
         """For a message that a shorter delay brought here before its time: the settlement that sends it on."""
-        if self._features.max_delay_s == float("inf"):
+        if not self.rearms:
             return None
         eta = float_header(delivery.headers, "eta")
         if eta is None or eta <= self._clock.time():

@@ -34,7 +34,7 @@ class Intake:
         self._returned = 0
         self._consumer: Consumer | None = None
         self.room = threading.Event()
-        """Set when something was done: there may be room for more."""
+        """Set when there may be room for more."""
 
     def step(self) -> bool:
         """Receive and submit once; False when there is no room: wait for :attr:`room`. Raises ``TransportError``."""
@@ -79,7 +79,7 @@ class Intake:
                     delivery,
                     f"handed out {delivery.delivery_count} times, max_deliveries is {limit}: its workers were lost",
                 )
-            elif not parts.fallback.native:
+            elif parts.fallback.rearms:
                 outcome = self._early(delivery)
             if outcome is None:
                 runnable.append(delivery)
@@ -117,13 +117,18 @@ class Intake:
         """The pool ended this many."""
         with self._lock:
             self._done += count
-        self.room.set()
+        self.look()
 
     def returned(self, count: int) -> None:
         """The pool gave this many back: they say nothing about its speed."""
         with self._lock:
             self._returned += count
-        self.room.set()
+        self.look()
+
+    def look(self) -> None:
+        """Set :attr:`room` if there is some. Not otherwise: waking a thread costs more than running several tasks."""
+        if self._demand.wanted(self.held, self._target) > 0:
+            self.room.set()
 
     @property
     def held(self) -> int:

@@ -111,6 +111,18 @@ class Outcome(NamedTuple):
     """None: nothing to keep."""
 
 
+def acknowledged(delivery: Delivery, result: StoredResult | None = None) -> Outcome:
+    """The outcome of nearly every task: done, nothing follows.
+
+    Made for each task, in process pools twice; past the tuples' own constructors, which cost twice as much.
+    """
+    return _new(Outcome, (_new(Settlement, (delivery, _ACK, (), None)), result))
+
+
+_new = tuple.__new__
+_ACK = Action.ACK
+
+
 class DeadLetter(NamedTuple):
     """A message that was put aside."""
 
@@ -127,12 +139,12 @@ class DeadLetter(NamedTuple):
 
 
 class QueueStats(NamedTuple):
-    """How full a queue is."""
+    """How full a queue is. None: the transport cannot tell."""
 
     ready: int
-    leased: int
-    delayed: int
-    dead: int
+    leased: int | None
+    delayed: int | None
+    dead: int | None
     oldest_age_s: float | None
     """Age of the oldest ready message in seconds; None when nothing is ready or the transport cannot tell."""
 

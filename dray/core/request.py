@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from dray.core.errors import DrayError
 
@@ -35,12 +35,19 @@ class Request(NamedTuple):
         self.report({"done": done, "total": total, **note})
 
 
-current_request: ContextVar[Request | None] = ContextVar("dray_request", default=None)
+class Run(Protocol):
+    """What runs a task: it makes the request when the task first asks for it, because few do."""
+
+    @property
+    def request(self) -> Request: ...
+
+
+current_run: ContextVar[Run | None] = ContextVar("dray_run", default=None)
 
 
 def current() -> Request:
     """The call of the task that runs here. Raises ``DrayError`` outside a task."""
-    request = current_request.get()
-    if request is None:
+    run = current_run.get()
+    if run is None:
         raise DrayError("dray.current() is for code that a worker runs; no task runs here")
-    return request
+    return run.request

@@ -30,7 +30,7 @@ _WORDS: Mapping[str, object] = {"": None, "~": None, "null": None, "true": True,
 _LOOSE_WORDS = {"yes": True, "on": True, "no": False, "off": False}
 _TAGS = frozenset(f"tag:yaml.org,2002:{tag}" for tag in ("bool", "int", "float", "null", "timestamp", "value", "merge"))
 _TAG_MAP, _TAG_SEQ, _TAG_STR, _TAG_MERGE = (f"tag:yaml.org,2002:{tag}" for tag in ("map", "seq", "str", "merge"))
-_NOT_SETTINGS = r"DRAY_(?:CONFIG$|DEBUG$|FAILPOINTS|LIFELINE$|LOG)"
+_NOT_SETTINGS = r"DRAY_(?:CONFIG$|DEBUG$|FAILPOINTS|LIFELINE$|LOG|TEST_)"
 
 
 class Node(NamedTuple):

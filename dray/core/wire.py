@@ -8,16 +8,24 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping
+from functools import lru_cache
 
 from dray.core.errors import DecodeError, EncodeError
 
 _HEAD = struct.Struct(">2sI")
 _MAGIC = b"D\x01"
+_ALIKE, _ALIKE_BYTES = 256, 256
+"""So many header blocks, and so long ones, are remembered: most messages of a task have the same headers."""
 
 
 def pack_headers(headers: Mapping[str, str]) -> bytes:
     """The header block alone. Raises ``EncodeError`` for a NUL in a key or a value, or a lone surrogate."""
-    flat = [part for item in headers.items() for part in item]
+    alike = len(headers) == 2  # task and serializer, nothing that only this call has
+    return (_join_once if alike else _join)(tuple(headers.items()))
+
+
+def _join(items: tuple[tuple[str, str], ...]) -> bytes:
+    flat = [part for item in items for part in item]
     text = "\0".join(flat)
     if text.count("\0") != max(len(flat) - 1, 0):
         raise EncodeError("a header key or value holds a NUL character")
@@ -28,7 +36,11 @@ def pack_headers(headers: Mapping[str, str]) -> bytes:
 
 
 def unpack_headers(block: bytes) -> dict[str, str]:
-    """The inverse of :func:`pack_headers`; raises ``DecodeError``."""
+    """The inverse of :func:`pack_headers`; raises ``DecodeError``. Not to be changed: equal blocks may share it."""
+    return (_split_once if len(block) <= _ALIKE_BYTES else _split)(block)
+
+
+def _split(block: bytes) -> dict[str, str]:
     if not block:
         return {}
     try:
@@ -41,6 +53,10 @@ def unpack_headers(block: bytes) -> dict[str, str]:
     if len(headers) * 2 != len(parts):
         raise DecodeError("a header is given twice")
     return headers
+
+
+_join_once = lru_cache(_ALIKE)(_join)
+_split_once = lru_cache(_ALIKE)(_split)
 
 
 def pack(headers: Mapping[str, str], body: bytes) -> bytes:

@@ -104,7 +104,7 @@ class Worker:
         settler = self._parts.settler
         while not self._settled_all.is_set():
             pause_s = settler.step()
-            self._intake.room.set()  # it may wait for a backlog to shrink
+            self._intake.look()  # it may wait for a backlog to shrink
             if pause_s == NOTHING_TO_DO:
                 settler.wake.wait(1.0)
             elif pause_s > 0:

@@ -50,6 +50,9 @@ class Retirement:
     over_bytes: int | None
 
 
+_NEVER = Retirement(None, None)
+
+
 class Outlet:
     """The way out: finished outcomes wait in shared memory, where they survive this process, until they are sent."""
 
@@ -62,15 +65,15 @@ class Outlet:
 
     def add(self, seq: int, took_s: float, outcome: Outcome) -> None:
         """The current item is finished."""
-        record = pack_outcome(seq, took_s, outcome)
-        if self._memory.finish(record):
+        data = pack_outcome(outcome)
+        if self._memory.finish(seq, took_s, data):
             self._waiting = True
             return
         self.flush()
-        if self._memory.finish(record):
+        if self._memory.finish(seq, took_s, data):
             self._waiting = True
             return
-        self._sock.sendall(frame(OUTCOMES, RECORD.pack(len(record)) + record))
+        self._sock.sendall(frame(OUTCOMES, RECORD.pack(len(data), seq, took_s) + data))
         self._memory.unclaim()
 
     def flush(self) -> None:
@@ -99,7 +102,6 @@ class ChildSlot:
         self._hard = False
 
     def begin(self, task: str, soft_s: float | None, hard_s: float | None) -> None:
-        self._memory.note_task(task)
         if hard_s is not None:
             self._hard = True
             self._memory.set_deadline(self._monotonic() + max(hard_s, 1e-6))  # 0 would mean never
@@ -152,7 +154,7 @@ class ChildLoop:
         self._slot = ChildSlot(memory, self._outlet, monotonic)
         self._retirement = retirement
         self._memory_checked_at = 0.0
-        self._held: deque[tuple[int, str, str, bytes, dict[str, str], int]] = deque()
+        self._held: deque[tuple[int, tuple[Any, ...]]] = deque()
         self._generation = 0
         self._dry = -1
 
@@ -171,8 +173,8 @@ class ChildLoop:
 
     def _serve(self) -> int:
         monotonic, held, outlet, memory = self._monotonic, self._held, self._outlet, self._memory
-        token_fd, run, slot, read = self._token_fd, self._executor.run, self._slot, os.read
-        flushed_at, count = 0.0, 0
+        token_fd, run, slot, read, new = self._token_fd, self._executor.run, self._slot, os.read, tuple.__new__
+        flushed_at, count, retires = 0.0, 0, self._retirement != _NEVER
         while True:
             if not held:
                 outlet.flush()
@@ -180,7 +182,7 @@ class ChildLoop:
                     return 0
                 flushed_at = monotonic()
                 continue
-            seq, queue, key, body, headers, deliveries = held.popleft()
+            seq, fields = held.popleft()
             now = monotonic()
             if now - flushed_at > FLUSH_S:
                 outlet.flush()
@@ -193,7 +195,7 @@ class ChildLoop:
                 continue
             if token != TOKENS[seq & 255]:
                 return EXIT_DESCRIPTORS_LOST
-            delivery = Delivery(queue, key, body, headers, None, deliveries)
+            delivery = new(Delivery, fields)
             try:
                 outcome = run(delivery, slot)
             except BaseException as error:
@@ -204,7 +206,7 @@ class ChildLoop:
             took_s = monotonic() - now
             outlet.add(seq, took_s, outcome)
             count += 1
-            if self._should_retire(count, now, took_s):
+            if retires and self._should_retire(count, now, took_s):
                 outlet.send(BYE)
                 return 0
 

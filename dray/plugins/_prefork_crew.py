@@ -11,14 +11,14 @@ from collections.abc import Callable, Iterable
 
 from dray.core.contracts import Executor
 from dray.core.errors import TaskRevoked, TimeLimitExceeded, WorkerLost
-from dray.core.message import Delivery, Outcome, RunningTask, StoredResult
+from dray.core.message import Delivery, Outcome, RunningTask, StoredResult, acknowledged
 from dray.plugins._prefork_frames import BYE, DRY, OUTCOMES, READY, REPORT, Item, records, unpack_outcome, unpack_report
 from dray.plugins._prefork_link import Link
 from dray.plugins._prefork_memory import SlotMemory
 from dray.plugins._prefork_pace import BATCH_S, Pace
 from dray.plugins._prefork_server import DIED, NOT_SPAWNED, ForkServer, Message
 
-BATCH_ITEMS = 100
+BATCH_ITEMS = 250
 BATCH_BYTES = 1 << 20
 STUCK_S = 0.010
 """A child that is this long at one item keeps nothing else to itself: neither items nor outcomes."""
@@ -162,11 +162,11 @@ class Crew:
 
     def _finish(self, link: Link, data: bytes) -> None:
         outstanding, note, outcomes = link.outstanding, self._pace.note, self.outcomes
-        for seq, took_s, code, then, reason, result in records(data):
+        for seq, took_s, packed in records(data):
             delivery = outstanding.pop(seq, None)
             if delivery is not None:  # else it was read from shared memory before
                 note(delivery.headers, took_s)
-                outcomes.append(unpack_outcome(delivery, code, then, reason, result))
+                outcomes.append(unpack_outcome(delivery, packed) if packed else acknowledged(delivery))
         link.worked = True
 
     # --- time
@@ -238,7 +238,7 @@ class Crew:
             elif self.ending:  # we killed it: stop() returns the item
                 continue
             else:
-                task = link.memory.task() or delivery.headers.get("task", "")
+                task = delivery.headers.get("task", "")
                 error = WorkerLost(f"the process that ran {task} (task {delivery.id}) died: {how}, pid {message.pid}")
             del link.outstanding[seq]
             self.outcomes.append(self._executor.lost(delivery, error))
@@ -269,7 +269,7 @@ class Crew:
             seq, began, _ = link.memory.current()
             delivery = link.outstanding.get(seq)
             if delivery is not None:
-                task = link.memory.task() or delivery.headers.get("task", "")
+                task = delivery.headers.get("task", "")
                 found.append(RunningTask(delivery.id, task, began, link.pid))
         return found
 

@@ -9,6 +9,7 @@ from struct import Struct
 from typing import Any
 
 from dray.core.message import Action, Delivery, Outcome, Outgoing, Settlement, State, StoredResult
+from dray.plugins._prefork_memory import RECORD
 
 HEADER = Struct("<QI")
 """Bytes that follow; the generation (parent to child) or the kind (child to parent)."""
@@ -22,12 +23,13 @@ Item = tuple[int, Delivery]
 """A sequence number and its delivery."""
 
 _BUFFER_BYTES = 1 << 18
-_RECORD = Struct("<I")
+_ACK = Action.ACK
 _ACTIONS = tuple(Action)
 _ACTION_CODES = {action: code for code, action in enumerate(_ACTIONS)}
 _STATES = {state.value: state for state in State}
 _STATE_NAMES = {state: name for name, state in _STATES.items()}
-_VERSION = 2  # marshal without the table of references: faster, and nothing is shared between items
+_ITEMS, _ONE = 4, 2
+"""Versions of marshal: the one with a table of references is the faster for many items, the slower for one record."""
 
 
 def tune(sock: socket.socket) -> None:
@@ -93,19 +95,20 @@ class FrameReader:
 def pack_items(items: Sequence[Item]) -> bytes:
     """The receipt stays here: it is private to the transport, and may not even be plain data."""
     try:
-        return marshal.dumps([(seq, d[0], d[1], d[2], d[3], d[5]) for seq, d in items], _VERSION)
+        return marshal.dumps([(seq, (d[0], d[1], d[2], d[3], None, d[5], None)) for seq, d in items], _ITEMS)
     except ValueError:  # a subclass of dict or str: marshal takes exact types only
         return marshal.dumps(
             [
-                (seq, str(d.queue), str(d.id), bytes(d.body), _plain(d.headers), int(d.delivery_count))
+                (seq, (str(d.queue), str(d.id), bytes(d.body), _plain(d.headers), None, int(d.delivery_count), None))
                 for seq, d in items
             ],
-            _VERSION,
+            _ITEMS,
         )
 
 
-def unpack_items(payload: bytes) -> list[tuple[int, str, str, bytes, dict[str, str], int]]:
-    items: list[tuple[int, str, str, bytes, dict[str, str], int]] = marshal.loads(payload)  # noqa: S302 - our parent
+def unpack_items(payload: bytes) -> list[tuple[int, tuple[Any, ...]]]:
+    """Sequence numbers, each with the fields of a delivery."""
+    items: list[tuple[int, tuple[Any, ...]]] = marshal.loads(payload)  # noqa: S302 - our parent
     return items
 
 
@@ -116,34 +119,25 @@ def _plain(headers: Any) -> dict[str, str]:
 # --- outcomes, child to parent -----------------------------------------------------------------------------
 
 
-def pack_outcome(seq: int, took_s: float, outcome: Outcome) -> bytes:
-    """One record: everything of the outcome but its delivery, which the parent has."""
+def pack_outcome(outcome: Outcome) -> bytes:
+    """Everything of the outcome but its delivery, which the parent has; nothing when it is just acknowledged."""
     (_, action, then, reason), result = outcome
+    if action is _ACK and result is None and reason is None and not then:
+        return b""
     code = _ACTION_CODES[action]
     follow_ups: Any = tuple([tuple(each) for each in then]) if then else ()
+    stored: Any = None if result is None else (result[0], _STATE_NAMES[result[1]], result[2], result[3])
     try:
-        return marshal.dumps(
-            (
-                seq,
-                took_s,
-                code,
-                follow_ups,
-                reason,
-                (result[0], _STATE_NAMES[result[1]], result[2], result[3]) if result is not None else None,
-            ),
-            _VERSION,
-        )
+        return marshal.dumps((code, follow_ups, reason, stored), _ONE)
     except ValueError:
         return marshal.dumps(
             (
-                seq,
-                took_s,
                 code,
                 tuple((str(o.queue), str(o.id), bytes(o.body), _plain(o.headers), *o[4:]) for o in then),
                 None if reason is None else str(reason),
                 None if result is None else pack_result(result),
             ),
-            _VERSION,
+            _ONE,
         )
 
 
@@ -151,27 +145,26 @@ def pack_result(result: StoredResult) -> tuple[str, str, bytes, float | None]:
     return str(result.id), _STATE_NAMES[result.state], bytes(result.body), result.expires_at
 
 
-def records(data: bytes) -> Iterator[tuple[int, float, int, tuple[Any, ...], str | None, tuple[Any, ...] | None]]:
-    """The records in ``data``, each prefixed by its length."""
-    at, end = 0, len(data)
-    view = memoryview(data)
+def records(data: bytes) -> Iterator[tuple[int, float, bytes]]:
+    """The records in ``data``: sequence number, seconds it took, packed outcome."""
+    at, end, unpack, size = 0, len(data), RECORD.unpack_from, RECORD.size
     while at < end:
-        start = at + 4
-        at = start + _RECORD.unpack_from(data, at)[0]
-        yield marshal.loads(view[start:at])  # noqa: S302 - written by our own child
+        length, seq, took_s = unpack(data, at)
+        start = at + size
+        at = start + length
+        yield seq, took_s, data[start:at]
 
 
-def unpack_outcome(
-    delivery: Delivery, code: int, then: tuple[Any, ...], reason: str | None, result: tuple[Any, ...] | None
-) -> Outcome:
+def unpack_outcome(delivery: Delivery, data: bytes) -> Outcome:
     """The outcome again, around the very delivery that was submitted."""
+    code, then, reason, result = marshal.loads(data)  # noqa: S302 - written by our own child
     stored = None if result is None else StoredResult(result[0], _STATES[result[1]], result[2], result[3])
     follow_ups = tuple(Outgoing(*each) for each in then) if then else ()
     return Outcome(Settlement(delivery, _ACTIONS[code], follow_ups, reason), stored)
 
 
 def pack_report(result: StoredResult) -> bytes:
-    return marshal.dumps(pack_result(result), _VERSION)
+    return marshal.dumps(pack_result(result), _ONE)
 
 
 def unpack_report(payload: bytes) -> StoredResult:

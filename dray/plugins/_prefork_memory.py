@@ -15,12 +15,11 @@ SLOT_BYTES = LOG_OFFSET + LOG_BYTES
 
 _LOG = Struct("<QQ")  # turn (counts how often the log was emptied), bytes used
 _NOW = Struct("<Qdd")  # current item's sequence number (0: none), begun at, hard deadline (0: none)
-_CLAIM = Struct("<QddB")  # the same, and an empty task name
 _FINISHED = Struct("<QQ")  # bytes used, current item: adjacent, so that one call writes both, in this order
-_TURN_AT, _USED_AT, _NOW_AT, _DEADLINE_AT, _TASK_AT = 0, 8, 16, 32, 40
+_TURN_AT, _USED_AT, _NOW_AT, _DEADLINE_AT, _END_AT = 0, 8, 16, 32, 40
 _DEADLINE = Struct("<d")
-TASK_BYTES = 256
-RECORD = Struct("<I")
+RECORD = Struct("<IQd")
+"""Before each outcome: bytes of it that follow, sequence number, seconds that it took."""
 
 
 def shared_memory(slots: int) -> mmap.mmap:
@@ -31,7 +30,7 @@ def shared_memory(slots: int) -> mmap.mmap:
 class SlotMemory:
     """One slot: what runs in it, and the outcomes that its child has not sent yet."""
 
-    __slots__ = ("_base", "_log", "_memory", "_names", "_turn", "_used")
+    __slots__ = ("_base", "_log", "_memory", "_turn", "_used")
 
     def __init__(self, memory: mmap.mmap, index: int) -> None:
         self._memory = memory
@@ -39,39 +38,29 @@ class SlotMemory:
         self._log = self._base + LOG_OFFSET
         self._used = 0
         self._turn = 0
-        self._names: dict[str, bytes] = {}
 
     # --- the child's side
 
     def claim(self, seq: int, now: float) -> None:
         """About to take the token of this item. Written first, so that there is no moment at which it runs unseen."""
-        _CLAIM.pack_into(self._memory, self._base + _NOW_AT, seq, now, 0.0, 0)
+        _NOW.pack_into(self._memory, self._base + _NOW_AT, seq, now, 0.0)
 
     def unclaim(self) -> None:
         _NOW.pack_into(self._memory, self._base + _NOW_AT, 0, 0.0, 0.0)
-
-    def note_task(self, task: str) -> None:
-        name = self._names.get(task)
-        if name is None:
-            if len(self._names) > 1000:
-                self._names.clear()
-            name = self._names[task] = task.encode("utf-8", "replace")[:TASK_BYTES].ljust(TASK_BYTES, b"\0")
-        at = self._base + _TASK_AT
-        self._memory[at : at + TASK_BYTES] = name
 
     def set_deadline(self, deadline: float) -> None:
         """When the parent kills the child (monotonic seconds); 0: never."""
         _DEADLINE.pack_into(self._memory, self._base + _DEADLINE_AT, deadline)
 
-    def finish(self, record: bytes) -> bool:
+    def finish(self, seq: int, took_s: float, outcome: bytes) -> bool:
         """Keep the outcome of the current item, which thereby is finished; False: no room."""
-        size = len(record)
-        used = self._used
-        end = used + 4 + size
+        size, at = len(outcome), self._log + self._used
+        end = self._used + RECORD.size + size
         if end > LOG_BYTES:
             return False
-        at = self._log + used
-        self._memory[at : at + 4 + size] = RECORD.pack(size) + record
+        RECORD.pack_into(self._memory, at, size, seq, took_s)
+        if size:
+            self._memory[at + RECORD.size : self._log + end] = outcome
         self._used = end
         _FINISHED.pack_into(self._memory, self._base + _USED_AT, end, 0)
         return True
@@ -89,17 +78,12 @@ class SlotMemory:
 
     def reset(self) -> None:
         """For a new child."""
-        self._memory[self._base : self._base + _TASK_AT + TASK_BYTES] = bytes(_TASK_AT + TASK_BYTES)
+        self._memory[self._base : self._base + _END_AT] = bytes(_END_AT)
 
     def current(self) -> tuple[int, float, float]:
         """Sequence number of the current item (0: none), when it began, its hard deadline (0: none)."""
         seq, began, deadline = _NOW.unpack_from(self._memory, self._base + _NOW_AT)
         return seq, began, deadline
-
-    def task(self) -> str:
-        """The name of the current item's task; empty before its function begins."""
-        at = self._base + _TASK_AT
-        return self._memory[at : at + TASK_BYTES].partition(b"\0")[0].decode("utf-8", "replace")
 
     def log_mark(self) -> tuple[int, int]:
         """Changes whenever the log does."""
