@@ -17,7 +17,7 @@ PEER_STAMPS := $(PEER_NAMES:%=$(PEERS)/.venv-%/.installed)
 
 # The steps of a target run in order, whatever -j says: `make test` must end with pytest's summary.
 .NOTPARALLEL:
-.PHONY: help install lint docs docs-generate docs-serve conformance wheel bench bench-brokers bench-chart bench-peers bench-smoke servers unit test test-clusters test-matrix demo simulate clean
+.PHONY: help install lint docs docs-generate docs-serve conformance wheel bench bench-brokers bench-chart bench-peers bench-smoke servers unit test test-clusters test-faults test-matrix demo simulate clean
 
 help:
 	@echo "make test         all checks and tests, as CI runs them"
@@ -110,6 +110,11 @@ demo: install
 # Slow proofs, beside `make test`
 test-clusters: install servers
 	DRAY_TEST_CLUSTERS=1 $(BIN)/python -m pytest -n 2 $(wildcard tests/test_servers.py tests/test_*cluster*.py)
+
+# The kit's connections cut after each single byte of a request and of its answer, not after some: 10 minutes
+test-faults: install servers
+	DRAY_CONFORMANCE_EXAMPLES=5000 $(BIN)/python -m pytest -n 2 --timeout 900 -k "cut_at or after_a_cut" \
+		tests/test_network_kit.py $(wildcard tests/test_conformance_redis*.py tests/test_conformance_rabbitmq*.py)
 
 # The tests that need servers, against newer ones from Debian (SERVERS="sid/rabbitmq trixie/valkey"); as root
 test-matrix: install

@@ -28,7 +28,7 @@ FULL = """
 name: shop
 imports: [shop.tasks]
 transport: amqp://guest:hush@localhost:5672/
-backend: {use: redis, url: "${REDIS_URL}", expires: 1d}
+backend: {use: redis, url: "${REDIS_URL}", prefix: shop}
 serializer: json
 accept: [json, msgpack]
 compression: {use: zlib, over: 16KiB, level: 9}
@@ -75,7 +75,7 @@ def test_a_whole_file(write: Write) -> None:
     folder = write(FULL)
     found = load(environ={"REDIS_URL": "redis://r/1"}, cwd=folder)
     assert found.transport == PluginChoice("amqp", {"url": "amqp://guest:hush@localhost:5672/"})
-    assert found.backend == PluginChoice("redis", {"url": "redis://r/1", "expires": "1d"})
+    assert found.backend == PluginChoice("redis", {"url": "redis://r/1", "prefix": "shop"})
     assert found.compression == CompressionConfig(PluginChoice("zlib", {"level": 9}), 16384)
     assert found.queues == {"mail": QueueConfig(7)}
     assert found.routes == {"shop.mail.*": "mail"}

@@ -183,8 +183,9 @@ class Consumer(ABC):
         """0 to ``limit`` deliveries as soon as there is one; ``[]`` after ``timeout_s`` or a wake. Never waits to fill.
 
         ``timeout_s`` 0 polls. Higher priority first, then oldest first, as far as the features say. The delivery count
-        is taken (durably) before it returns. Expired leases are handed out again. Raises ``Unavailable`` when the link
-        is lost; the consumer is then finished, and the core opens another.
+        is taken (durably) before it returns. Expired leases are handed out again. Raises ``Unavailable``, or
+        ``Uncertain`` if something may have been handed out, when the link is lost; the consumer is then finished, and
+        the core opens another.
         """
 
     @abstractmethod

@@ -96,6 +96,8 @@ class Worker:
             except TransportError as error:
                 log.warning("receiving failed, trying again in %.1f s: %s", pause_s, error)
                 intake.disconnect()
+                if self._parts.transport.features.lease_s is None:
+                    self._keeper.recall()  # what has not begun is likely to be handed out to others already
                 clock.wait(self._stopping, pause_s * self._parts.random.uniform(0.5, 1.0))
                 pause_s = min(pause_s * 2, 5.0)
         intake.disconnect()

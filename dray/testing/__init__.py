@@ -58,9 +58,11 @@ _HOMES = {
 }
 _TESTS = (
     "backend_life",
+    "backend_network",
     "backends",
     "compressors",
     "kit",
+    "network",
     "pools",
     "serializers",
     "signers",
@@ -70,7 +72,9 @@ _TESTS = (
     "transport_delivery",
     "transport_machine",
     "transport_model",
+    "transport_network",
     "transport_ownership",
+    "transport_reader",
     "transport_refusals",
 )
 

@@ -12,6 +12,12 @@ A plugin's test module holds a subclass; one method is enough where there is no 
         def restart(self):                                   # from D2 on: with SIGKILL
             subprocess.run(["docker", "restart", "--signal", "KILL", "mine"], check=True)
 
+        address = ("127.0.0.1", 7777)
+
+        def through(self, port):                             # the same server behind a proxy that makes trouble
+            options = MyBackend.Options(url=f"mine://127.0.0.1:{port}", prefix=self.tmp_path.name, timeout=1)
+            return MyBackend(options, plugin_context("mine", SystemClock()))
+
 Each test gets an empty store (above: keys of its own, by their prefix) and uses the contract alone. A test for an
 ability that the plugin does not declare is reported as not applicable; a declared one must hold, and none of the tests
 can be left out. ``DRAY_CONFORMANCE_REPORT=path`` writes down what was proven.
@@ -32,12 +38,14 @@ from dray.core.contracts import API_VERSION, Barrier, Durability, ResultBackend
 from dray.core.errors import TooLarge
 from dray.core.message import TERMINAL, State, StoredResult
 from dray.testing.backend_life import BackendLifeTests
+from dray.testing.backend_network import BackendNetworkTests
 from dray.testing.clock import FakeClock
 from dray.testing.harness import ODD_NAMES, PROMPT_S, Background, needs
 from dray.testing.kit import Conformance
+from dray.testing.network import Network
 
 
-class BackendHarness(Conformance):
+class BackendHarness(Network, Conformance):
     """What the tests of the kit call; a subclass gives ``make``, and overrides the rest where a server needs it."""
 
     kind = "backends"
@@ -57,6 +65,14 @@ class BackendHarness(Conformance):
         """
         raise NotImplementedError
 
+    def through(self, port: int) -> ResultBackend:
+        """A new back end on the machine's clock, not yet opened, whose server is reached at 127.0.0.1:``port``.
+
+        For a plugin that speaks to a server at :attr:`address`: a proxy listens at that port. With time-outs (or
+        heartbeats) that notice a silent peer within :attr:`silence_s`.
+        """
+        raise NotImplementedError
+
     def restart(self) -> None:
         """Restart the server. Without one there is nothing to do."""
 
@@ -71,8 +87,10 @@ class BackendHarness(Conformance):
         super().begin(tmp_path)
         self.clock = FakeClock()
         self._backends: list[ResultBackend] = []
+        self.begin_network()
 
     def end(self) -> None:
+        self.end_network()
         for backend in self._backends:
             backend.close()
 
@@ -91,14 +109,19 @@ class BackendHarness(Conformance):
             "durable": features.durability >= Durability.D1,
             "push": features.push,
             "barrier": isinstance(backend, Barrier),
+            "networked": type(self).through is not BackendHarness.through,
             "driver_errors": type(self).break_store is not BackendHarness.break_store,
         }
 
     def open(self, clock: Clock | None = None) -> Any:
         """An opened back end (any ability may be called on it: the tests say what they need)."""
-        backend = self.make(clock or self.clock)
-        self._backends.append(backend)
+        backend = self.remember(self.make(clock or self.clock))
         backend.open()
+        return backend
+
+    def remember(self, backend: ResultBackend) -> Any:
+        """It is closed at the end."""
+        self._backends.append(backend)
         return backend
 
     def result(
@@ -107,7 +130,7 @@ class BackendHarness(Conformance):
         return StoredResult(id_, state, body, None if expires_in_s is None else self.clock.time() + expires_in_s)
 
 
-class ResultBackendConformance(BackendLifeTests, BackendHarness):
+class ResultBackendConformance(BackendLifeTests, BackendNetworkTests, BackendHarness):
     """All that is pinned for result back ends. Subclass it, give ``make``."""
 
     # --- every back end ------------------------------------------------------------------------------------

@@ -12,6 +12,8 @@ import pytest
 from dray.core.contracts import Plugin
 from dray.testing import report
 
+EXAMPLES_VARIABLE = "DRAY_CONFORMANCE_EXAMPLES"
+"""How much longer than usual the tests shall look that try many things."""
 _HOME = __name__.rpartition(".")[0]
 
 

@@ -248,7 +248,8 @@ def audit(
 ) -> Report:
     """Compare the ledger, the run log and, where given, the open stores. ``extra_runs``: how many are acceptable.
 
-    Producers should have ended. Without stores a task that was confirmed and has not run to its end counts as lost.
+    Producers should have ended. Without stores a task that was confirmed and has not run to its end counts as lost. So
+    does one that is delayed, or with a worker, where the transport cannot count these: audit when neither is the case.
     """
     states, ran = read_ledger(ledger), read_runs(runs)
     report = Report(sent=dict.fromkeys(("confirmed", "uncertain", "failed"), 0), runs=len(ran))
@@ -304,8 +305,9 @@ def _waiting(transport: Transport | None, report: Report) -> tuple[set[str], int
         return set(), 0
     names = transport.queues()
     stats = transport.stats(names).values()
-    leased = sum(each.leased for each in stats)
-    report.waiting = leased + sum(each.ready + each.delayed for each in stats)
+    leased = sum(each.leased or 0 for each in stats)
+    if not any(None in (each.leased, each.delayed) for each in stats):
+        report.waiting = leased + sum(each.ready + (each.delayed or 0) for each in stats)
     return {message.id for name in names for message in transport.peek(name, WAITING_MAX)}, leased
 
 

@@ -17,6 +17,12 @@ A plugin's test module holds a subclass; one method is enough where there is no 
         def advance(self, seconds):                          # it lives by its server's clock
             time.sleep(seconds)
 
+        address = ("127.0.0.1", 7777)
+
+        def through(self, port):                             # the same server behind a proxy that makes trouble
+            options = MyTransport.Options(url=f"mine://127.0.0.1:{port}", prefix=self.tmp_path.name, timeout=1)
+            return MyTransport(options, plugin_context("mine", SystemClock()))
+
 Each test gets an empty store (above: queues of its own, by their prefix) and uses the contract alone. A test for an
 ability that the plugin does not declare is reported as not applicable; a declared one must hold, and none of the tests
 can be left out. ``DRAY_CONFORMANCE_EXAMPLES=1000`` makes the state machine look longer. Run with
@@ -46,15 +52,17 @@ from dray.core.contracts import (
 from dray.core.message import Action, Delivery, Outgoing, Settlement
 from dray.testing.clock import FakeClock
 from dray.testing.kit import Conformance
+from dray.testing.network import Network
 from dray.testing.transport_abilities import AbilityTests
 from dray.testing.transport_crashes import CrashTests
 from dray.testing.transport_delivery import DeliveryTests
 from dray.testing.transport_machine import run_machine
+from dray.testing.transport_network import NetworkTests
 from dray.testing.transport_ownership import OwnershipTests
 from dray.testing.transport_refusals import RefusalTests
 
 
-class TransportHarness(Conformance):
+class TransportHarness(Network, Conformance):
     """What the tests of the kit call; a subclass gives ``make``, and overrides the rest where a server needs it."""
 
     kind = "transports"
@@ -69,6 +77,7 @@ class TransportHarness(Conformance):
         "max_body_bytes": "contract",
         "push": "push",
         "shared": "shared",
+        "hastens": "hastens",
     }
     patience_s = 0.0
     """How long a message may take to become visible; an embedded store has it at once."""
@@ -78,6 +87,14 @@ class TransportHarness(Conformance):
 
     def make(self, clock: Clock) -> Transport:
         """A new transport, not yet opened, over this test's store: each call stands for another process."""
+        raise NotImplementedError
+
+    def through(self, port: int) -> Transport:
+        """A new transport on the machine's clock, not yet opened, whose server is reached at 127.0.0.1:``port``.
+
+        For a plugin that speaks to a server at :attr:`address`: a proxy listens at that port. With time-outs (or
+        heartbeats) that notice a silent peer within :attr:`silence_s`.
+        """
         raise NotImplementedError
 
     def restart(self) -> None:
@@ -94,8 +111,10 @@ class TransportHarness(Conformance):
         super().begin(tmp_path)
         self.clock = FakeClock()
         self._transports: list[Transport] = []
+        self.begin_network()
 
     def end(self) -> None:
+        self.end_network()
         for transport in self._transports:
             transport.close()
 
@@ -124,6 +143,8 @@ class TransportHarness(Conformance):
             "survives_sigkill": features.durability >= Durability.D2,
             "push": features.push,
             "shared": features.shared,
+            "hastens": features.hastens,
+            "networked": type(self).through is not TransportHarness.through,
             "driver_errors": type(self).break_store is not TransportHarness.break_store,
             "inspectable": isinstance(transport, Inspectable),
             "tombstones": isinstance(transport, Tombstones),
@@ -132,9 +153,13 @@ class TransportHarness(Conformance):
 
     def open(self, clock: Clock | None = None) -> Any:
         """An opened transport (any ability may be called on it: the tests say what they need)."""
-        transport = self.make(clock or self.clock)
-        self._transports.append(transport)
+        transport = self.remember(self.make(clock or self.clock))
         transport.open()
+        return transport
+
+    def remember(self, transport: Transport) -> Any:
+        """It is closed at the end."""
+        self._transports.append(transport)
         return transport
 
     def forget_transports(self) -> None:
@@ -198,7 +223,9 @@ class TransportHarness(Conformance):
         )
 
 
-class TransportConformance(DeliveryTests, OwnershipTests, AbilityTests, CrashTests, RefusalTests, TransportHarness):
+class TransportConformance(
+    DeliveryTests, OwnershipTests, AbilityTests, CrashTests, RefusalTests, NetworkTests, TransportHarness
+):
     """All that is pinned for transports. Subclass it, give ``make``."""
 
     def test_declared_features_fit_each_other(self) -> None:
