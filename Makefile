@@ -93,6 +93,8 @@ conformance: install
 	rm -f dray/testing/conformance.json
 	DRAY_CONFORMANCE_REPORT=dray/testing/conformance.json $(BIN)/python -m pytest -n $(PYTEST_WORKERS) -q -r f \
 		tests/test_conformance_transports.py tests/test_conformance_backends.py \
+		tests/test_conformance_redis.py tests/test_conformance_redis_backend.py \
+		tests/test_conformance_rabbitmq.py tests/test_conformance_rabbitmq_backends.py \
 		tests/test_serializers.py tests/test_conformance_signed.py tests/test_compressors.py tests/test_pools.py
 
 # RabbitMQ and Redis for the tests, where they are missing and may be installed; the tests start their own

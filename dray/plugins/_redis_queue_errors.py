@@ -16,6 +16,7 @@ _TYPES = {
     "leases": b"zset",
     "numbers": b"string",
     "bell": b"list",
+    "watch": b"string",
     "dead": b"hash",
     "died": b"zset",
     "deadids": b"zset",

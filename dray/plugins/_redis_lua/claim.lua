@@ -5,6 +5,7 @@
 --           nothing; '1' if it kept watch until now
 --   answer  ms until the consumer has to look again because it keeps watch now, or -1;
 --           for each queue that gave any: {its index in KEYS, batch, message 1, message 2, ...}
+look_at_clock()
 local wanted, until_ms = tonumber(ARGV[1]), string.format('%.0f', now + ARGV[2])
 local will_wait, kept_watch = ARGV[3] == '1', ARGV[4] == '1'
 

@@ -26,9 +26,13 @@ local SOON_MS = 5000 -- no consumer waits for longer without looking
 
 table.remove(KEYS)
 
-local time = redis.call('TIME')
-local now_us = time[1] * 1000000 + time[2]
-local now = math.floor(now_us / 1000)
+local now, now_us -- milliseconds and microseconds, once a command has looked
+
+local function look_at_clock()
+  local time = redis.call('TIME')
+  now_us = time[1] * 1000000 + time[2]
+  now = math.floor(now_us / 1000)
+end
 
 -- The first of `count` numbers that were never given out. They follow the clock, so that they are new even after the
 -- server lost its last writes, or all.
@@ -44,7 +48,7 @@ local function ring(base)
   end
 end
 
-local OURS = '^d1' .. string.rep('%x', 23) .. '([^%z]+)%z'
+local OURS = '^d1%x%x%x%x%d%x%x%x%x%x%x%x%x%x%x%x%x%x%x%x%x%x%x([^%z]+)%z'
 
 local function id_of(message)
   return string.match(message, OURS) or 'foreign-' .. redis.sha1hex(message)
@@ -83,6 +87,7 @@ end
 
 -- Stores pairs of due time (ms) and message: ARGV[at], ARGV[at + 1], ...
 local function delay(base, at, count)
+  look_at_clock()
   local number, first_due = reserve(base, count), math.huge
   for index = at, at + 2 * count - 1, 2 do
     local due, message = tonumber(ARGV[index]), ARGV[index + 1]

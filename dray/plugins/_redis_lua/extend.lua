@@ -3,6 +3,7 @@
 --   KEYS    the base of the queue
 --   ARGV    length from now, ms; for each batch: its number, how many, indexes, none twice
 --   answer  the places (batch-index) whose receipts were no longer good
+look_at_clock()
 local base, leases, lost, at = KEYS[1], KEYS[1] .. ':leases', {}, 2
 local until_ms = string.format('%.0f', now + ARGV[1])
 

@@ -3,6 +3,7 @@
 --   KEYS    the base of the queue
 --   ARGV    cursor, '0' at first; the ids
 --   answer  the next cursor, '0' after the last part
+look_at_clock()
 local base, wanted = KEYS[1], {}
 for index = 2, #ARGV do
   wanted[ARGV[index]] = true

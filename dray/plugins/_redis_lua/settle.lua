@@ -4,6 +4,7 @@
 --   ARGV    how long dead letters are kept, ms; for each delivery, in the order they were handed out: batch, index,
 --           action (ack, dead, release), reason, how many runs of follow-ups, the runs as store() takes them
 --   answer  the places (batch-index) whose receipts were no longer good: nothing was done for these
+look_at_clock()
 local base = KEYS[1]
 
 local function skip(at, runs)

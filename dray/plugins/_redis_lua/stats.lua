@@ -2,6 +2,7 @@
 -- How full a queue is.
 --   KEYS    the base of the queue
 --   answer  ready, leased, delayed, dead; age of the oldest ready message, ms (-1: nothing is ready)
+look_at_clock()
 local base, ready, leased, sent = KEYS[1], 0, 0, math.huge
 for level = 0, 9 do
   local list = base .. ':' .. level
