@@ -210,7 +210,10 @@ class Inspectable(Protocol):
         ...
 
     def peek(self, queue: str, limit: int) -> list[Outgoing]:
-        """Waiting messages (ready, then delayed), in the order they would be handed out, without claiming any."""
+        """Waiting messages (ready, then delayed), in the order they would be handed out, without claiming any.
+
+        Delayed ones are left out, here and by :meth:`purge`, where the transport cannot tell how many there are.
+        """
         ...
 
     def purge(self, queue: str) -> int:

@@ -117,6 +117,7 @@ class AbilityTests(TransportHarness):
             delivery = self.take_one(consumer)
             assert delivery.delivery_count == 1
             assert self.settle(transport, [delivery], Action.RELEASE) == []
+        consumer.close()
         assert self.take_one(self.consume(self.open())).body == b"body"
 
     @needs("release", "leases")
@@ -156,7 +157,7 @@ class AbilityTests(TransportHarness):
         transport = self.open()
         for number in range(5):
             transport.send([self.message(f"d{number}", "ab"[number % 2])])
-            self.settle(transport, self.take(self.consume(transport, "a", "b"), 1), Action.DEAD)
+            self.settle(transport, [self.take_and_close(transport, "a", "b")], Action.DEAD)
             self.advance(1)
         assert [letter.id for letter in transport.dead_list(None, 3)] == ["d4", "d3", "d2"]
         assert [letter.id for letter in transport.dead_list("b", 10)] == ["d3", "d1"]
@@ -328,7 +329,7 @@ class AbilityTests(TransportHarness):
         assert transport.peek("unknown", 3) == []
         assert self.take(self.consume(transport), 1)[0].delivery_count == 1
 
-    @needs("inspectable", "delays", "priorities")
+    @needs("inspectable", "delays", "priorities", "sees_delayed")
     def test_peek_keeps_the_order_of_delivery(self) -> None:
         transport = self.open()
         due = self.clock.time() + 60
@@ -352,7 +353,7 @@ class AbilityTests(TransportHarness):
         assert self.ids(self.consume(transport, "elsewhere")) == ["other"]
         assert self.settle(transport, [leased]) == []
 
-    @needs("inspectable", "delays")
+    @needs("inspectable", "delays", "sees_delayed")
     def test_purge_deletes_delayed_messages(self) -> None:
         transport = self.open()
         transport.send([self.message(not_before=self.clock.time() + 1)])

@@ -132,7 +132,7 @@ class CrashTests(TransportHarness):
         action = self.possible(action)
         transport, other = self.open(), self.open()
         transport.send([self.message()])
-        delivery = self.take_one(self.consume(transport))
+        delivery = self.take_and_close(transport)
         faults = Faults({"follow_ups_sent": ("raise", 1)})
         transport.context = replace(transport.context, faults=faults)
         settlement = Settlement(delivery, action, (self.message("next"),), "why")

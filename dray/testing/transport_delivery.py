@@ -136,7 +136,7 @@ class DeliveryTests(TransportHarness):
     def test_others_settle_while_one_waits(self) -> None:
         transport = self.open_now()
         transport.send([self.message()])
-        delivery = self.take_one(self.consume(transport))
+        delivery = self.take_and_close(transport)
         with self._blocked(self.consume(transport)) as found:
             assert transport.extend([delivery], 10) == []
             assert self.settle(transport, [delivery], Action.ACK, self.message("next")) == []

@@ -147,6 +147,7 @@ class TransportHarness(Network, Conformance):
             "networked": type(self).through is not TransportHarness.through,
             "driver_errors": type(self).break_store is not TransportHarness.break_store,
             "inspectable": isinstance(transport, Inspectable),
+            "sees_delayed": isinstance(transport, Inspectable) and transport.stats(["q"])["q"].delayed is not None,
             "tombstones": isinstance(transport, Tombstones),
             "broadcast": isinstance(transport, Broadcaster),
         }
@@ -197,6 +198,16 @@ class TransportHarness(Network, Conformance):
         assert len(found) == 1, f"one delivery expected, {len(found)} came: {[delivery.id for delivery in found]}"
         return found[0]
 
+    def take_and_close(self, transport: Transport, *queues: str) -> Delivery:
+        """The only delivery that is there. It stays ours; another consumer may follow.
+
+        An open consumer of a transport that pushes may hold what comes next, although nobody asks it.
+        """
+        consumer = self.consume(transport, *queues)
+        delivery = self.take_one(consumer)
+        consumer.close()
+        return delivery
+
     def ids(self, consumer: Consumer) -> list[str]:
         """The ids of all that is there, in the order it is handed out."""
         return [delivery.id for delivery in self.take(consumer, 10_000)]
@@ -207,8 +218,9 @@ class TransportHarness(Network, Conformance):
 
     def possible(self, action: Action) -> Action:
         """The action, or ``ACK`` in place of one that the transport does not declare."""
-        ability = {Action.DEAD: "dead_letter", Action.RELEASE: "release"}.get(action)
-        return action if ability is None or self.abilities()[ability] else Action.ACK
+        features = self.sample().features
+        declared = {Action.DEAD: features.dead_letter, Action.RELEASE: features.release}
+        return action if declared.get(action, True) else Action.ACK
 
     @staticmethod
     def settle(
