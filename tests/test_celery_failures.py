@@ -72,9 +72,9 @@ def test_a_task_longer_than_the_consumer_timeout_runs_once(
 ) -> None:
     """Celery with late acknowledgement: after 30 minutes RabbitMQ closes the channel, and the task runs again."""
     url = hasty_rabbitmq.url(hasty_rabbitmq.add_vhost())
-    with on_rabbitmq(tmp_path, url, queue_type=queue_type) as siege:
+    with on_rabbitmq(tmp_path, url, queue_type=queue_type, consumer_timeout=5) as siege:
         siege.worker()
-        siege.send("long", "long", 4.0)
+        siege.send("long", "long", 12.0)
         for number in range(20):
             siege.send(f"t{number}")
             time.sleep(0.2)
@@ -85,7 +85,7 @@ def test_a_task_longer_than_the_consumer_timeout_runs_once(
 
 @pytest.fixture(scope="module")
 def hasty_rabbitmq() -> Iterator[RabbitMQServer]:
-    with RabbitMQServer(consumer_timeout=1500, channel_tick_interval=300) as server:
+    with RabbitMQServer(consumer_timeout=5000, channel_tick_interval=500) as server:
         yield server
 
 

@@ -167,7 +167,7 @@ class DeliveryTests(TransportHarness):
         transport.declare(ODD_NAMES)
         transport.send([self.message(f"in {name}", name) for name in ODD_NAMES])
         for name in ODD_NAMES:
-            delivery = self.take_one(self.consume(transport, name))
+            [delivery] = self.take(self.consume(transport, name), 1)
             assert (delivery.queue, delivery.id) == (name, f"in {name}")
             assert self.settle(transport, [delivery]) == []
 

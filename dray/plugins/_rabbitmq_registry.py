@@ -1,0 +1,30 @@
+"""Which work queues there are: AMQP cannot list any, so whoever makes one writes its name down."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from dray.core.errors import Unavailable
+from dray.plugins._rabbitmq_link import Dialer
+from dray.plugins._rabbitmq_publisher import Parcel, Publisher
+from dray.plugins._rabbitmq_scan import scan
+
+
+class Registry:
+    """A queue with one message for each work queue that was ever made. Any thread."""
+
+    def __init__(self, name: str, dialer: Dialer, publisher: Publisher) -> None:
+        self._name = name
+        self._dialer = dialer
+        self._publisher = publisher
+
+    def add(self, queues: Sequence[str]) -> None:
+        """These are about to be made. The registry itself exists. Raises ``Unavailable``, ``Uncertain``."""
+        refused = self._publisher.publish([Parcel("", self._name, queue.encode()) for queue in queues])
+        if refused:
+            raise Unavailable(f"rabbitmq: {self._name}: {next(iter(refused.values()))}")
+
+    def names(self) -> list[str]:
+        """In the order they were made; some may have been deleted since."""
+        with scan(self._dialer.link(), self._name, exclusive=True) as found:
+            return [] if found is None else [str(raw.body, "utf-8", "replace") for raw in found.messages]
