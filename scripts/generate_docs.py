@@ -66,10 +66,15 @@ def page() -> Iterator[str]:
         if ours:
             yield f"## {kind.capitalize()}\n"
         for name, entry in ours:
+            others = [other for other, same in ours if same.value == entry.value and other != name]
+            if others and name != entry.module.rpartition(".")[2]:
+                continue  # another name of a plugin that has its section
             plugin = entry.load()
             options = getattr(plugin, "Options", None)
             yield f"### {kind}: {name}\n"
             yield f"{summary(plugin)}\n"
+            if others:
+                yield f"Also chosen by: {', '.join(f'`{other}`' for other in others)}.\n"
             yield from section(options) if options and dataclasses.fields(options) else ["It has no options.\n"]
 
 

@@ -78,6 +78,7 @@ def test_a_task_longer_than_the_consumer_timeout_runs_once(
         for number in range(20):
             siege.send(f"t{number}")
             time.sleep(0.2)
+        siege.until(lambda: "long" in siege.ended(), "the end of the long task")
         siege.drained()
         assert siege.starts("long") == 1
         siege.end()

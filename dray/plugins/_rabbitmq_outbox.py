@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from dray.core.errors import Unavailable
 from dray.core.message import Delivery, Outgoing
 from dray.plugins._rabbitmq_delays import DUE_HEADER
 from dray.plugins._rabbitmq_link import Dialer, Link
 from dray.plugins._rabbitmq_messages import burial, counted, packed
 from dray.plugins._rabbitmq_publisher import Parcel, Partly, Publisher
 from dray.plugins._rabbitmq_topology import Topology
+
+PAUSES_S = (0.0, 0.2, 1.0)
+"""Before a refused message is published again: a queue that is just being made cannot take it yet."""
 
 
 class Item(NamedTuple):
@@ -28,7 +33,8 @@ class Outbox:
     """Makes parcels and publishes them. Any thread.
 
     Responsibilities: declares queues before the first message goes there; finds the way of delayed ones; makes copies
-    that know their count, and dead letters; publishes once more what no queue took, because it was deleted meanwhile.
+    that know their count, and dead letters; publishes again what was refused, because its queue was deleted meanwhile,
+    or is just being made by somebody else.
     """
 
     def __init__(self, dialer: Dialer, publisher: Publisher, topology: Topology, now: Callable[[], float]) -> None:
@@ -64,13 +70,18 @@ class Outbox:
         Raises ``Unavailable`` (none stored), ``Uncertain`` (any may be), ``Partly``.
         """
         refused = self._attempt(items)
-        if refused:
+        for pause_s in PAUSES_S:
+            if not refused:
+                break
             self._topology.forget({items[index].message.queue for index in refused})
             indices = sorted(refused)
+            time.sleep(pause_s)
             try:
                 again = self._attempt([items[index] for index in indices])
             except Partly as error:
                 raise Partly(error, [indices[at] for at in (*error.unsent, *error.refused)], {}) from error
+            except Unavailable as error:
+                raise Partly(error, indices, {}) from error
             refused = {indices[at]: reason for at, reason in again.items()}
         return refused
 

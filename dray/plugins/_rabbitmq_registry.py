@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
 from dray.core.errors import Unavailable
 from dray.plugins._rabbitmq_link import Dialer
+from dray.plugins._rabbitmq_outbox import PAUSES_S
 from dray.plugins._rabbitmq_publisher import Parcel, Publisher
 from dray.plugins._rabbitmq_scan import scan
 
@@ -20,7 +22,14 @@ class Registry:
 
     def add(self, queues: Sequence[str]) -> None:
         """These are about to be made. The registry itself exists. Raises ``Unavailable``, ``Uncertain``."""
-        refused = self._publisher.publish([Parcel("", self._name, queue.encode()) for queue in queues])
+        parcels = [Parcel("", self._name, queue.encode()) for queue in queues]
+        refused = self._publisher.publish(parcels)
+        for pause_s in PAUSES_S:
+            if not refused:
+                return
+            time.sleep(pause_s)
+            parcels = [parcels[index] for index in refused]
+            refused = self._publisher.publish(parcels)
         if refused:
             raise Unavailable(f"rabbitmq: {self._name}: {next(iter(refused.values()))}")
 

@@ -63,6 +63,7 @@ class RedisOptions:
     sentinel_username: str | None = None
     """For the Sentinels themselves, if they ask for one."""
     sentinel_password: Secret | None = None
+    """For the Sentinels themselves, if they ask for one."""
     connect_timeout: Seconds = 5.0
     """For one address: connecting, TLS, logging in."""
     timeout: Seconds = 5.0
@@ -76,6 +77,7 @@ class RedisOptions:
     tls_cert: str | None = None
     """File with our own certificate, if the server asks for one."""
     tls_key: str | None = None
+    """File with the key of ``tls_cert``, if it is not in there."""
     tls_verify: Literal["full", "no-hostname", "none"] = "full"
     """``no-hostname``: any name in a trusted certificate will do. ``none``: any certificate at all, so that whoever is
     in between can read and change everything; for trying out only."""
