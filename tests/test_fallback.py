@@ -40,13 +40,15 @@ def test_whatever_is_missing_is_noticed(features: dict[str, object]) -> None:
     assert not fallback(FakeClock(), **features).native
 
 
-def test_priorities_are_clamped_and_that_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
-    reduced = fallback(FakeClock(), priorities=3)
+def test_without_priorities_all_are_alike_and_that_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    reduced = fallback(FakeClock(), priorities=1)
     with caplog.at_level(logging.WARNING):
-        assert [reduced.outgoing(MESSAGE._replace(priority=level)).priority for level in (0, 2, 3, 9)] == [0, 2, 2, 2]
+        assert [reduced.outgoing(MESSAGE._replace(priority=level)).priority for level in (0, 2, 9)] == [0, 0, 0]
     assert [record.getMessage() for record in caplog.records] == [
-        "reduced has 3 priority levels: higher ones are clamped"
+        "the transport reduced tells no priorities apart as it is set up: all are alike"
     ]
+    few = fallback(FakeClock(), priorities=3)  # whose transport spreads them
+    assert [few.outgoing(MESSAGE._replace(priority=level)).priority for level in (0, 2, 9)] == [0, 2, 9]
 
 
 def test_a_long_delay_is_made_of_short_ones() -> None:

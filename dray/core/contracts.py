@@ -103,7 +103,7 @@ class TransportFeatures:
     max_delay_s: float = 0.0
     """Longest ``not_before`` that the transport keeps, in seconds; 0: none; ``inf``: any."""
     priorities: int = 1
-    """Number of levels that are told apart, 1 to 10."""
+    """Number of levels that are told apart, 1 to 10: the priorities 0 to 9 are spread evenly over them."""
     atomic_then: bool = False
     """``then`` and the removal are one transaction; otherwise published first, removed second."""
     dead_letter: bool = False

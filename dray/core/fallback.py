@@ -2,7 +2,7 @@
 
 Chosen from features, never from names. Delays longer than the transport's longest are sent with the longest and
 re-armed by the worker; dead letters become messages of the queue ``<queue>.dead``; a release becomes a fresh copy;
-priorities are clamped.
+priorities are dropped where there are none.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ class Fallback:
         self._features = features
         self._clock = clock
         self._transport = transport
-        self._clamped = False
+        self._flattened = False
         self.native = (
             features.dead_letter
             and features.release
             and features.max_delay_s == float("inf")
-            and features.priorities == 10
+            and features.priorities > 1
         )
         """True: nothing is emulated, and nothing below need be called."""
         self.rearms = features.max_delay_s != float("inf")
@@ -50,11 +50,13 @@ class Fallback:
                         f"the transport {self._transport!r} cannot delay: no countdown, eta or retry with a delay"
                     )
                 message = message._replace(not_before=longest)
-        if message.priority >= features.priorities:
-            if not self._clamped:
-                self._clamped = True
-                log.warning("%s has %d priority levels: higher ones are clamped", self._transport, features.priorities)
-            message = message._replace(priority=features.priorities - 1)
+        if message.priority and features.priorities == 1:
+            if not self._flattened:
+                self._flattened = True
+                log.warning(
+                    "the transport %s tells no priorities apart as it is set up: all are alike", self._transport
+                )
+            message = message._replace(priority=0)
         return message
 
     def settlement(self, settlement: Settlement) -> Settlement:
