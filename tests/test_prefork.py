@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from dray.core.contracts import Slot
@@ -395,7 +396,8 @@ def test_max_tasks_per_child(start) -> None:
 
 
 def test_max_memory_per_child(start) -> None:
-    harness = start(1, max_memory_per_child=300 << 20)
+    # A child begins with the memory of this process, which is large after other tests.
+    harness = start(1, max_memory_per_child=psutil.Process().memory_info().rss + (260 << 20))
     pids = []
     for number in range(6):
         harness.run(make_delivery(f"h{number}", b"hoard 120000000"))
