@@ -185,7 +185,12 @@ class ChaosProxy:
                 return
             there = await asyncio.open_connection(*self.target)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, NO_RESET)
-            link = _Link(self, await asyncio.open_connection(sock=sock), there)
+            try:
+                here = await asyncio.open_connection(sock=sock)
+            except BaseException:  # the client is gone already, or the proxy ends
+                there[1].transport.abort()
+                raise
+            link = _Link(self, here, there)
             self._links.add(link)
             try:
                 await link.carry()

@@ -137,8 +137,8 @@ class SimTransport(Transport):
         for message in messages:
             if message.not_before is not None and message.not_before > latest:
                 self.audit.broken("fallback", f"{message.id}: a longer delay than the transport keeps")
-            if message.priority >= self.features.priorities:
-                self.audit.broken("fallback", f"{message.id}: a higher priority than the transport knows")
+            if message.priority and self.features.priorities == 1:
+                self.audit.broken("fallback", f"{message.id}: a priority, and the transport knows none")
 
 
 class SimConsumer(Consumer):
